@@ -1,0 +1,61 @@
+"""Images of different sizes as one padded batch."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class NestedTensor:
+    """A padded batch and where its padding is.
+
+    ``tensors`` is ``[B, C, H, W]``; ``mask`` is bool ``[B, H, W]``, True on padding.
+    """
+
+    def __init__(self, tensors: Tensor, mask: Tensor) -> None:
+        self.tensors = tensors
+        self.mask = mask
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
+        return NestedTensor(self.tensors.to(device, non_blocking=non_blocking),
+                            self.mask.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> NestedTensor:
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        return self.tensors, self.mask
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"NestedTensor(tensors={list(self.tensors.shape)}, padded={self.mask.float().mean().item():.1%})"
+
+
+def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
+    """Pad images ``[C, H, W]`` of any sizes with zeros, at the right and the bottom, to the largest height and
+    width among them."""
+    if len(images) == 0:
+        raise ValueError("a batch needs at least one image; the list is empty")
+    for i, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != images[0].shape[0]:
+            raise ValueError(f"image {i} of the batch has shape {tuple(image.shape)}; images are [C, H, W] with the "
+                             f"same C (the first is {tuple(images[0].shape)})")
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
+    for image, tensor, padding in zip(images, tensors, mask):
+        tensor[:, :image.shape[1], :image.shape[2]].copy_(image)
+        padding[:image.shape[1], :image.shape[2]] = False
+    return NestedTensor(tensors, mask)
+
+
+def as_nested_tensor(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
+    """What a model may be called with -> a padded batch: a ``NestedTensor``, images ``[C, H, W]`` in a list, or one
+    tensor ``[B, C, H, W]`` without padding."""
+    if isinstance(samples, NestedTensor):
+        return samples
+    return nested_tensor_from_tensor_list(list(samples))

@@ -1,0 +1,54 @@
+"""What travels between data, model, losses and evaluation.
+
+Shape letters, everywhere in this project: ``B`` images, ``Q`` queries, ``S`` tokens of a feature map, ``L`` levels,
+``D`` channels, ``C`` classes, ``N`` objects of an image, ``M`` attention heads, ``P`` points, ``K`` layers.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
+
+
+class Target(TypedDict, total=False):
+    """The ground truth of one image."""
+    boxes: Tensor           # [N, 4] float32, cxcywh as fractions of the image
+    labels: Tensor          # [N] int64 in 0..C-1
+    masks: Tensor           # [N, H, W] bool, where asked for
+    image_id: Tensor        # [1] int64
+    area: Tensor            # [N] float32, pixels of the image as fed
+    iscrowd: Tensor         # [N] int64
+    orig_size: Tensor       # [2] int64 (height, width) of the file
+    size: Tensor            # [2] int64 (height, width) as fed, before padding
+
+
+class Outputs(TypedDict, total=False):
+    """What a detector returns."""
+    pred_logits: Tensor             # [B, Q, C] (sigmoid) or [B, Q, C + 1] (softmax; "no object" last)
+    pred_boxes: Tensor              # [B, Q, 4] cxcywh as fractions of the image
+    pred_masks: Tensor              # [B, Q, H, W] logits, mask models
+    aux_outputs: list[Outputs]      # the same of the earlier decoder layers
+    enc_outputs: Outputs            # the proposals of two-stage models
+
+
+class Detections(TypedDict, total=False):
+    """Post-processed predictions of one image."""
+    scores: Tensor          # [n] in 0..1
+    labels: Tensor          # [n] int64 in 0..C-1
+    boxes: Tensor           # [n, 4] xyxy in pixels of the original image
+
+
+Match = list[tuple[Tensor, Tensor]]
+"""For each image, the matched queries (ascending) and their objects: two int64 tensors of one length, on the CPU."""
+
+
+class Category(NamedTuple):
+    """One row of a class table: the model's label, the data's own id, the name. A label that the data does not use
+    has no row."""
+    label: int
+    id: int
+    name: str
+
+
+class NonFiniteError(ArithmeticError):
+    """A value that should be a number is NaN or infinite; the message says which."""

@@ -1,0 +1,344 @@
+"""Checkpoint files: what is refused, what stays unharmed, what the messages say."""
+import argparse
+import errno
+import hashlib
+import http.server
+import io
+import os
+import re
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detr import checkpoint
+from detr.structures import Category
+
+
+def small_model(classes: int = 4) -> nn.Module:
+    return nn.Sequential(OrderedDict(body=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+                                     head=nn.Linear(8, classes)))
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_round_trip_of_everything_admitted(tmp_path):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.body(torch.rand(2, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict(),
+             "epoch": 3, "config": {"lr": 1e-4, "masks": False, "resume": None}, "rng": torch.get_rng_state(),
+             "classes": [(1, 1, "person")], "parameter": nn.Parameter(torch.ones(2)), 7: "number as key"}
+    path = tmp_path / "new" / "folders" / "checkpoint.pth"
+    checkpoint.save(path, state)
+    read = checkpoint.load(path)
+    assert equal(read["model"], model.state_dict())
+    assert read["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(read["rng"], state["rng"])
+    for name in ("lr_scheduler", "epoch", "config", "classes", 7):
+        assert read[name] == state[name], name
+    assert os.listdir(path.parent) == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("value, where", [
+    ({"a": [1, np.float64(2)]}, r"state\['x'\]\['a'\]\[1\] is a numpy.float64"),
+    (argparse.Namespace(lr=1), r"state\['x'\] is a argparse.Namespace"),
+    ([Category(1, 1, "person")], r"state\['x'\]\[0\] is a detr.structures.Category"),
+    ({(1, 2): 3}, r"state\['x'\] has the key \(1, 2\) of type builtins.tuple"),
+    (np.zeros(2), r"state\['x'\] is a numpy.ndarray")])
+def test_save_refuses_what_could_not_be_read(tmp_path, value, where):
+    with pytest.raises(TypeError, match=where):
+        checkpoint.save(tmp_path / "a.pth", {"model": {}, "x": value})
+    assert not list(tmp_path.iterdir())
+
+
+def full_disk_on_write(monkeypatch):
+    def half_written(state, file):                              # as PyTorch's archive writer reports it
+        try:
+            file.write(b"PK half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail] unexpected pos 768 vs 662")                              # noqa: B904
+    monkeypatch.setattr(torch, "save", half_written)
+
+
+def full_disk_on_sync(monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("fail", [full_disk_on_write, full_disk_on_sync])
+def test_failure_in_the_middle_keeps_the_old_file(tmp_path, monkeypatch, fail):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(path, {"model": {"w": torch.ones(3)}, "epoch": 1})
+    fail(monkeypatch)
+    with pytest.raises(OSError, match="cannot write .*checkpoint.pth: .*No space left.*Make room.*there is unchanged"):
+        checkpoint.save(path, {"model": {"w": torch.zeros(3)}, "epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_interruption_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(path, {"model": {}, "epoch": 1})
+
+    def interrupted(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"model": {}, "epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_the_folder_is_a_file(tmp_path):
+    (tmp_path / "output").write_text("not a folder")
+    with pytest.raises(OSError, match="cannot write .*choose another output folder"):
+        checkpoint.save(tmp_path / "output" / "checkpoint.pth", {"model": {}})
+
+
+def test_published_layouts(tmp_path):
+    """A Namespace of flags, NumPy numbers under both module names, a bare state_dict, the format before 2020."""
+    weights = small_model().state_dict()
+    flags = argparse.Namespace(lr=1e-4, backbone="resnet50", masks=False)
+    torch.save({"model": weights, "args": flags, "best": np.float64(0.42), "epoch": np.int64(3)}, tmp_path / "a.pth")
+    read = checkpoint.load(tmp_path / "a.pth")
+    assert read["args"] == flags and read["best"] == 0.42 and read["epoch"] == 3 and equal(read["model"], weights)
+
+    torch.save(weights, tmp_path / "bare.pth")
+    assert equal(checkpoint.load(str(tmp_path / "bare.pth"))["model"], weights)
+    torch.save({"model": weights, "args": flags}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert equal(checkpoint.load(tmp_path / "old.pth")["model"], weights)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_scalars_of_either_major_version(tmp_path, module):
+    written = io.BytesIO()
+    torch.save({"model": {}, "best": np.float32(0.5)}, written, _use_new_zipfile_serialization=False)
+    other = re.sub(rb"numpy\._?core\.multiarray\n", module.encode() + b"\n", written.getvalue())
+    (tmp_path / "a.pth").write_bytes(other)
+    assert module.encode() + b"\nscalar" in other
+    assert checkpoint.load(tmp_path / "a.pth")["best"] == 0.5
+
+
+class Harmful:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_is_refused_and_not_run(tmp_path, zipped):
+    mark = tmp_path / "it_ran"
+    path = tmp_path / "a.pth"
+    torch.save({"model": {}, "x": Harmful(f"touch {mark}")}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"a.pth holds more than weights: reading it would run \w+\.system"):
+        checkpoint.load(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)                        # the file was harmful indeed
+    assert mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore")                          # TorchScript is on its way out, its files are not
+def test_a_whole_pickled_model_is_refused(tmp_path):
+    torch.save({"model": small_model()}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="would run torch.nn.modules.container.Sequential.*state_dict"):
+        checkpoint.load(tmp_path / "a.pth")
+    torch.jit.script(nn.Linear(1, 1)).save(tmp_path / "script.pth")
+    with pytest.raises(ValueError, match="would run TorchScript archive"):
+        checkpoint.load(tmp_path / "script.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_cut_short(tmp_path, kept, zipped):
+    path = tmp_path / "a.pth"
+    torch.save({"model": small_model().state_dict()}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(kept * len(whole))])
+    size = f"{int(kept * len(whole)):,} bytes"
+    with pytest.raises(ValueError, match=f"a.pth is damaged, cut short or no checkpoint.*{size}.*download it anew"):
+        checkpoint.load(path)
+
+
+def test_not_a_checkpoint(tmp_path):
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(ValueError, match="page.pth is damaged"):
+        checkpoint.load(tmp_path / "page.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth holds a list, not a dict"):
+        checkpoint.load(tmp_path / "list.pth")
+    for i, content in enumerate(({"epoch": 3, "args": 1}, {"model": 3}, {})):
+        torch.save(content, tmp_path / f"{i}.pth")
+        with pytest.raises(ValueError, match=rf"{i}.pth has no weights under 'model' \(it has: "):
+            checkpoint.load(tmp_path / f"{i}.pth")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*x.pth.*no \*.pth files"):
+        checkpoint.load(tmp_path / "x.pth")
+    for i in range(10):
+        (tmp_path / f"checkpoint{i}.pth").touch()
+    with pytest.raises(FileNotFoundError, match="x.pth.*it has checkpoint0.pth, .*checkpoint7.pth and 2 more"):
+        checkpoint.load(tmp_path / "x.pth")
+    with pytest.raises(FileNotFoundError, match="nor a folder .*nowhere"):
+        checkpoint.load(tmp_path / "nowhere" / "x.pth")
+    with pytest.raises(IsADirectoryError, match="is a folder.*checkpoint0.pth"):
+        checkpoint.load(tmp_path)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """An empty cache and a folder behind ``http://127.0.0.1:port``."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Quiet(*a, directory=str(folder)))
+    Quiet.asked.clear()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_once(served, tmp_path, capsys):
+    folder, address = served
+    weights = small_model().state_dict()
+    content = io.BytesIO()
+    torch.save({"model": weights}, content)
+    name = f"detr-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content.getvalue())
+    for _ in range(2):
+        assert equal(checkpoint.load(f"{address}/{name}?download=1")["model"], weights)
+    assert len(Quiet.asked) == 1
+    assert os.listdir(tmp_path / "hub" / "checkpoints") == [name]
+    assert capsys.readouterr().out.count(f"downloading {address}/{name}") == 1
+
+
+def test_download_damaged(served, tmp_path):
+    folder, address = served
+    (folder / "detr-0123abcd.pth").write_bytes(b"other content")
+    with pytest.raises(ValueError, match='detr-0123abcd.pth: invalid hash value.*"0123abcd".*Try again, or'):
+        checkpoint.load(f"{address}/detr-0123abcd.pth")
+    assert not os.listdir(tmp_path / "hub" / "checkpoints")
+    (folder / "no-hash.pth").write_bytes(b"other content")
+    with pytest.raises(ValueError, match="no-hash.pth is damaged.*to download it anew, delete .*no-hash.pth"):
+        checkpoint.load(f"{address}/no-hash.pth")
+
+
+def test_download_fails(served):
+    _, address = served
+    with pytest.raises(OSError, match=f"cannot download {address}/x.pth: .*404.*put it at .*checkpoints.x.pth"):
+        checkpoint.load(f"{address}/x.pth")
+    with pytest.raises(OSError, match="cannot download http://127.0.0.1:1/x.pth: .*Without a network.*give the path"):
+        checkpoint.load("http://127.0.0.1:1/x.pth")
+    with pytest.raises(ValueError, match="does not end with a file's name"):
+        checkpoint.load(f"{address}/")
+
+
+def test_load_model(capsys):
+    model, other = small_model(), small_model()
+    checkpoint.load_model(model, other.state_dict(), "a.pth")
+    assert equal(model.state_dict(), other.state_dict())
+    assert capsys.readouterr().out == ""
+
+    other = small_model()
+    checkpoint.load_model(model, {f"module.{name}": value for name, value in other.state_dict().items()}, "ddp.pth")
+    assert equal(model.state_dict(), other.state_dict())
+    assert "ddp.pth: took the prefix 'module.' off its 9 names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("theirs, message", [
+    (nn.Sequential(OrderedDict(stem=nn.Linear(3, 3), head=nn.Linear(8, 5))).state_dict(),
+     "looks like a checkpoint of another model. 0 tensors fit; 6 .body.0.weight, body.0.bias, .*, ....*missing; "
+     r"2 .stem.weight, stem.bias. unexpected; 2 .head.weight \[5, 8\] for \[4, 8\], .*of another shape"),
+    (small_model(classes=7).state_dict(),
+     r"the same model with other sizes.* 6 tensors fit; 2 .head.weight \[7, 8\] for \[4, 8\], .* \[7\] for \[4\]"),
+    ({**small_model().state_dict(), "extra.weight": torch.ones(1)},
+     r"another variant of this model.* 8 tensors fit; 1 .extra.weight. unexpected$"),
+    ({name: value for name, value in small_model().state_dict().items() if name != "head.bias"},
+     r"another variant.* 7 tensors fit; 1 .head.bias. missing$"),
+    ({**small_model().state_dict(), "head.weight": "text"}, r"1 .head.weight \[\] for \[4, 8\]. of another shape$"),
+    ({}, "another model. 0 tensors fit; 8 .*missing"),
+])
+def test_load_model_all_or_nothing(theirs, message):
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="^a.pth does not fit the model: .*" + message):
+        checkpoint.load_model(model, theirs, "a.pth")
+    assert equal(model.state_dict(), before)
+
+
+def test_load_model_changes_values_not_parameters():
+    """Optimizers keep pointing at the parameters, whether loading succeeds or not."""
+    model = small_model()
+    parameters = list(model.parameters())
+    checkpoint.load_model(model, small_model().state_dict(), "a.pth")
+    with pytest.raises(ValueError):
+        checkpoint.load_model(model, {}, "b.pth")
+    assert all(a is b for a, b in zip(parameters, model.parameters()))
+
+
+class Frozen(nn.Module):
+    """Batch norm as a backbone freezes it: no ``num_batches_tracked``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(8))
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=nn.BatchNorm2d(8), fc=nn.Linear(8, 1000)))
+
+
+@pytest.mark.parametrize("norm, ignored", [(Frozen(), " and 1 num_batches_tracked"), (nn.BatchNorm2d(8), "")])
+def test_load_backbone(capsys, norm, ignored):
+    body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=norm))
+    published = classifier().state_dict()
+    published["bn1.running_mean"] = torch.arange(8.0)
+    checkpoint.load_backbone(body, published, "resnet50.pth")
+    assert torch.equal(body.conv1.weight, published["conv1.weight"])
+    assert torch.equal(body.bn1.running_mean, torch.arange(8.0))
+    assert f"left out fc.weight, fc.bias{ignored}\n" in capsys.readouterr().out
+
+
+def test_load_backbone_is_strict(capsys):
+    body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=Frozen()))
+    before = body.conv1.weight.clone()
+    with pytest.raises(ValueError, match="2 .fc.weight, fc.bias. unexpected"):
+        checkpoint.load_backbone(body, classifier().state_dict(), "resnet50.pth", leave_out=())
+    published = classifier().state_dict()
+    del published["bn1.weight"]
+    with pytest.raises(ValueError, match="resnet50.pth does not fit .*1 .bn1.weight. missing"):
+        checkpoint.load_backbone(body, published, "resnet50.pth")
+    assert torch.equal(body.conv1.weight, before)
+    assert capsys.readouterr().out == ""                        # nothing is called loaded

@@ -1,0 +1,54 @@
+"""Multi-head attention (Vaswani et al., 2017, section 3.2), batch first."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Attention with the parameter names and the initialisation of ``torch.nn.MultiheadAttention``.
+
+    Two paths, one result: the output always comes from PyTorch's fused attention. The weights, which that path never
+    forms, are computed beside it only when a caller asks (``need_weights=True``) or a forward hook is registered on
+    this module; so a model computes the same bits whether or not somebody watches.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"hidden_dim {embed_dim} does not divide into nheads {num_heads}; "
+                             f"choose --nheads among the divisors of --hidden_dim")
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+                attn_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """``query [B, Q, D]``, ``key`` and ``value [B, S, D]``; ``key_padding_mask`` bool ``[B, S]``, True on padding;
+        ``attn_mask`` bool ``[Q, S]``, True where a query may not look. Returns the output ``[B, Q, D]`` and the weights
+        ``[B, Q, S]``, averaged over heads and before dropout, or None where nobody asked for them.
+
+        A query that may look nowhere (a row that is all padding) gets zeros, not NaN.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)       # [B, M, Q or S, D/M]
+                   for x, w, b in zip((query, key, value), weights, biases))
+        allowed = None
+        if key_padding_mask is not None:
+            allowed = ~key_padding_mask[:, None, None, :]
+        if attn_mask is not None:
+            allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return out, self._weights(q, k, allowed) if need_weights or self._forward_hooks else None
+
+    @staticmethod
+    def _weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+        scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                # [B, M, Q, S]
+        if allowed is None:
+            return scores.softmax(-1).mean(1)
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+        return weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).mean(1)

@@ -1,0 +1,65 @@
+"""Backbones: image -> feature maps.
+
+The contract of a family: ``body(images [B, 3, H, W])`` returns a list of maps ``[B, channels[i], H / strides[i],
+W / strides[i]]`` (rounded up), finest first, and states ``channels`` and ``strides``. A family is one file here and one
+line of ``FAMILIES``.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..nested_tensor import NestedTensor
+from . import resnet
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {name: resnet.ResNet for name in resnet.SIZES}
+# What torchvision trained on ImageNet for DETR's backbones (IMAGENET1K_V1).
+IMAGENET_URLS = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+
+
+class Backbone(nn.Module):
+    """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, finest first."""
+
+    def __init__(self, body: nn.Module, levels: list[int]) -> None:
+        super().__init__()
+        self.body, self.levels = body, levels
+        self.channels = [body.channels[i] for i in levels]
+        self.strides = [body.strides[i] for i in levels]
+
+    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        maps = self.body(images.tensors)
+        return {str(n): NestedTensor(maps[i], resize_mask(images, maps[i].shape[-2:]))
+                for n, i in enumerate(self.levels)}
+
+
+def resize_mask(images: NestedTensor, size: tuple[int, int]):
+    """The padding mask at the size of a feature map, by nearest neighbour (rounded down), as published."""
+    return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()
+
+
+def build_backbone(name: str, norm: str, dilation: bool, all_levels: bool = False) -> Backbone:
+    """A backbone by name with random weights, giving its last level or all of them.
+
+    ``norm`` is ``frozen`` (fixed statistics, for ImageNet weights), ``batch`` or ``group``.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}")
+    if norm not in resnet.NORMS:
+        raise ValueError(f"backbone_norm {norm!r} is not known; use one of {', '.join(resnet.NORMS)}")
+    body = FAMILIES[name](name, norm, dilation)
+    last = len(body.channels) - 1
+    return Backbone(body, list(range(last + 1)) if all_levels else [last])
+
+
+def freeze_published(backbone: Backbone, train: bool) -> None:
+    """What DETR leaves fixed of a pretrained backbone: its stem and first stage, and all of it without ``train``."""
+    for name, parameter in backbone.body.named_parameters():
+        if not train or name.startswith(("conv1.", "bn1.", "layer1.")):
+            parameter.requires_grad_(False)

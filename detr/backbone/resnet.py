@@ -1,0 +1,148 @@
+"""Residual networks (He et al., 2016), with the parameter names of torchvision's.
+
+Sizes: 18 and 34 from basic blocks, 50 and 101 from bottlenecks whose stride sits in the 3x3 convolution, and small ones
+(``resnet_tiny``) that learn from random weights on a CPU.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with fixed statistics and fixed affine parameters, all of them buffers."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Files saved from a trainable batch norm count their batches; frozen statistics have no use for it.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+
+def group_norm(num_features: int) -> nn.GroupNorm:
+    """Group normalisation (Wu and He, 2018) in 32 groups, or groups of 8 channels where that makes fewer."""
+    return nn.GroupNorm(min(32, num_features // 8), num_features)
+
+
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": group_norm}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut."""
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = norm(planes)
+        self.downsample = shortcut(inplanes, planes, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 to four times the width, around a shortcut."""
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = norm(4 * planes)
+        self.downsample = shortcut(inplanes, 4 * planes, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+
+
+def shortcut(inplanes: int, planes: int, stride: int, norm: type[nn.Module]) -> nn.Module:
+    """The identity, or a 1x1 convolution where size or width changes."""
+    if stride == 1 and inplanes == planes:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm(planes))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Block, blocks a stage, and channels of the first stage (doubled from stage to stage)."""
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, ...]
+    width: int = 64
+
+
+SIZES = {
+    "resnet18": Size(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Size(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Size(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Size(Bottleneck, (3, 4, 23, 3)),
+    "resnet_tiny": Size(BasicBlock, (1, 1, 2), width=32),
+}
+
+
+class ResNet(nn.Module):
+    """Convolutional stages; returns the map of each: a list of ``[B, channels[i], H / strides[i], W / strides[i]]``
+    (rounded up).
+
+    ``dilation`` gives the last stage the resolution of the one before (DC5; Carion et al., 2020, section 4): stride 1,
+    its first block undilated and the others dilated by 2.
+    """
+
+    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False) -> None:
+        super().__init__()
+        size = SIZES[name]
+        if dilation and size.block is BasicBlock:
+            raise ValueError(f"--dilation needs bottleneck blocks, which {name} does not have: "
+                             f"use --backbone resnet50 or resnet101")
+        make_norm = NORMS[norm]
+        self.conv1 = nn.Conv2d(3, size.width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(size.width)
+        self.stages = [f"layer{i + 1}" for i in range(len(size.depths))]
+        self.channels, self.strides = [], []
+        inplanes, stride_so_far = size.width, 4
+        for i, (stage, depth) in enumerate(zip(self.stages, size.depths)):
+            planes = size.width * 2 ** i
+            dilated = dilation and i == len(size.depths) - 1
+            stride = 1 if i == 0 or dilated else 2
+            blocks = []
+            for j in range(depth):
+                blocks.append(size.block(inplanes, planes, 1 if j else stride, 2 if dilated and j else 1, make_norm))
+                inplanes = planes * size.block.expansion
+            setattr(self, stage, nn.Sequential(*blocks))
+            stride_so_far *= stride
+            self.channels.append(inplanes)
+            self.strides.append(stride_so_far)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        maps = []
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+            maps.append(x)
+        return maps

@@ -1,0 +1,42 @@
+"""The decoder layer (Carion et al., 2020, figure 10): object queries look at each other, then at the image."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import MultiheadAttention
+from .residual import post_norm, pre_norm
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention among queries, cross-attention to the encoder's memory, feed-forward; positions are added to
+    queries and keys."""
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 normalize_before: bool = False) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.residual = pre_norm if normalize_before else post_norm
+
+    def forward(self, content: Tensor, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor,
+                attn_mask: Tensor | None = None) -> Tensor:
+        """``content`` and ``query_position [B, Q, D]``; ``memory [B, S, D]``, and ``memory_key``, the same with its
+        positions added; ``mask [B, S]`` True on padding; ``attn_mask [Q, Q]`` True where one query may not see
+        another. Returns the new content ``[B, Q, D]``."""
+        def look_at_each_other(x: Tensor) -> Tensor:
+            q = x + query_position
+            return self.dropout(self.self_attn(q, q, x, attn_mask=attn_mask)[0])
+
+        def look_at_the_image(x: Tensor) -> Tensor:
+            q = x + query_position
+            return self.dropout(self.multihead_attn(q, memory_key, memory, key_padding_mask=mask)[0])
+
+        content = self.residual(content, look_at_each_other, self.norm1)
+        content = self.residual(content, look_at_the_image, self.norm2)
+        return self.residual(content, self.feed_forward, self.norm3)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))

@@ -1,0 +1,48 @@
+"""The transformer encoder (Carion et al., 2020, figure 10): self-attention among the tokens of the feature map."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import MultiheadAttention
+from .residual import post_norm, pre_norm
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention, then feed-forward; positions are added to queries and keys."""
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 normalize_before: bool = False) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.residual = pre_norm if normalize_before else post_norm
+
+    def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+        """``tokens [B, S, D]``, ``mask [B, S]`` True on padding, ``position [B, S, D]`` -> ``[B, S, D]``."""
+        def attend(x: Tensor) -> Tensor:
+            q = x + position
+            return self.dropout(self.self_attn(q, q, x, key_padding_mask=mask)[0])
+
+        tokens = self.residual(tokens, attend, self.norm1)
+        return self.residual(tokens, self.feed_forward, self.norm2)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of encoder layers; with pre-norm, a last normalisation closes it."""
+
+    def __init__(self, num_layers: int, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 normalize_before: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerEncoderLayer(d_model, nhead, dim_feedforward, dropout, normalize_before)
+                                    for _ in range(num_layers))
+        self.norm = nn.LayerNorm(d_model) if normalize_before else nn.Identity()
+
+    def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens, mask, position)
+        return self.norm(tokens)

@@ -1,0 +1,75 @@
+"""Position encodings of feature maps (Carion et al., 2020, section A.4 "Spatial positional encoding")."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .nested_tensor import NestedTensor
+
+
+def sine_encoding(position: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
+    """Sines and cosines of a coordinate: ``[...]`` -> ``[..., num_feats]``, sine and cosine alternating, with wave
+    lengths from 2 pi to ``temperature`` * 2 pi (Vaswani et al., 2017, section 3.5)."""
+    feature = torch.arange(num_feats, dtype=torch.float32, device=position.device)
+    angle = position[..., None] / temperature ** (2 * (feature // 2) / num_feats)
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Fixed encoding of row and column, counted over the pixels that are not padding; for maps of any size.
+
+    With ``normalize``, positions are fractions of the image times ``scale`` (2 pi). The first half of the channels
+    encodes y, the second x.
+    """
+
+    def __init__(self, num_pos_feats: int = 64, temperature: float = 10000, normalize: bool = False,
+                 scale: float | None = None) -> None:
+        super().__init__()
+        if scale is not None and not normalize:
+            raise ValueError("scale is for normalised positions: pass normalize=True with it")
+        self.num_pos_feats, self.temperature, self.normalize = num_pos_feats, temperature, normalize
+        self.scale = 2 * math.pi if scale is None else scale
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """Feature map with its padding mask ``[B, H, W]`` -> float32 ``[B, 2 * num_pos_feats, H, W]``."""
+        valid = ~features.mask
+        y = valid.cumsum(1, dtype=torch.float32)
+        x = valid.cumsum(2, dtype=torch.float32)
+        if self.normalize:
+            y = y / (y[:, -1:, :] + 1e-6) * self.scale
+            x = x / (x[:, :, -1:] + 1e-6) * self.scale
+        encoded = [sine_encoding(c, self.num_pos_feats, self.temperature) for c in (y, x)]
+        return torch.cat(encoded, dim=-1).permute(0, 3, 1, 2)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """Learned encoding of row and column, the published one: 50 of each, blind to the padding mask. The first half of
+    the channels encodes x, the second y."""
+
+    SIZE = 50
+
+    def __init__(self, num_pos_feats: int = 256) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(self.SIZE, num_pos_feats)
+        self.col_embed = nn.Embedding(self.SIZE, num_pos_feats)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """Feature map with its padding mask ``[B, H, W]`` -> ``[B, 2 * num_pos_feats, H, W]``."""
+        b, h, w = features.mask.shape
+        if max(h, w) > self.SIZE:
+            raise ValueError(f"learned positions end at {self.SIZE} rows or columns and this feature map has {h}x{w}: "
+                             f"feed smaller images, or use --position_embedding sine, which has no limit")
+        x = self.col_embed.weight[:w].expand(h, w, -1)
+        y = self.row_embed.weight[:h, None].expand(h, w, -1)
+        return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(b, -1, -1, -1)
+
+
+def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
+    """``sine`` (normalised) or ``learned``, for tokens of ``hidden_dim`` channels."""
+    if name == "sine":
+        return PositionEmbeddingSine(hidden_dim // 2, normalize=True)
+    if name == "learned":
+        return PositionEmbeddingLearned(hidden_dim // 2)
+    raise ValueError(f"position_embedding {name!r} is not known; use 'sine' or 'learned'")

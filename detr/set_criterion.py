@@ -1,0 +1,57 @@
+"""The set prediction loss (Carion et al., 2020, section 3.1, equation 2; auxiliary losses: section 3.2)."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .structures import Match, Outputs, Target
+
+Loss = Callable[[Outputs, Sequence[Target], Match, Tensor], dict[str, Tensor]]
+
+
+class SetCriterion(nn.Module):
+    """Matches each supervised set of predictions to the ground truth and computes the ``losses`` of the matched pairs.
+
+    The values are unweighted; ``weight_dict`` holds the weights and ``weighted_sum`` applies them. Names without a
+    weight are for reading only.
+    """
+
+    def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float]) -> None:
+        super().__init__()
+        self.matcher, self.losses, self.weight_dict = matcher, list(losses), weight_dict
+
+    def forward(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses by name: ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, ``class_error``,
+        ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, … All in float32, whatever the
+        model ran in."""
+        num_boxes = self.number_of_boxes(targets, outputs["pred_logits"].device)
+        values: dict[str, Tensor] = {}
+        for suffix, predictions in self.supervised(outputs):
+            predictions = {name: predictions[name].float() for name in ("pred_logits", "pred_boxes", "pred_masks")
+                           if name in predictions}
+            match = self.matcher(predictions, targets)
+            for loss in self.losses:
+                values |= {name + suffix: value for name, value in loss(predictions, targets, match, num_boxes).items()}
+        return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
+
+    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+        """What is back-propagated: the sum of the losses that have a weight, times it."""
+        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+
+    @staticmethod
+    def supervised(outputs: Outputs) -> Iterator[tuple[str, Outputs]]:
+        """One row for each set of predictions that is trained: the suffix of its losses, and the predictions."""
+        yield "", outputs
+        for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
+            yield f"_{i}", auxiliary
+
+    def number_of_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
+        """Objects of the batch, at least 1; in training as a mean over processes. In evaluation processes may have
+        different numbers of batches, so none may wait for another."""
+        number = torch.as_tensor(float(sum(len(target["labels"]) for target in targets)), device=device)
+        if self.training:
+            number = distributed.sum_over_processes(number) / distributed.world_size()
+        return number.clamp(min=1)

@@ -1,0 +1,92 @@
+"""The mask head: attention maps by their definition, convolutions query by query."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detr.mask_head import MaskHeadSmallConv, MHAttentionMap
+
+B, Q, D, M, H, W = 2, 3, 16, 4, 2, 5
+
+
+def test_attention_map_by_its_definition():
+    torch.manual_seed(0)
+    attention = MHAttentionMap(D, M).double()
+    torch.nn.init.normal_(attention.q_linear.bias)
+    queries, memory = torch.randn(B, Q, D).double(), torch.randn(B, D, H, W).double()
+    mask = torch.zeros(B, H, W, dtype=torch.bool)
+    mask[1, :, 3:] = True
+    actual = attention(queries, memory, mask)
+    assert actual.shape == (B, Q, M, H, W)
+    q = attention.q_linear(queries).view(B, Q, M, D // M)
+    k = attention.k_linear(memory.permute(0, 2, 3, 1)).view(B, H, W, M, D // M)
+    for b in range(B):
+        for i in range(Q):
+            e = torch.stack([(k[b, ..., m, :] * q[b, i, m]).sum(-1) / (D // M) ** 0.5 for m in range(M)]).exp()
+            e = torch.where(mask[b], 0.0, e)                                                    # [M, H, W]
+            torch.testing.assert_close(actual[b, i], e / e.sum())       # over heads and positions together
+    assert (actual[1, ..., 3:] == 0).all()
+
+
+def test_attention_map_gradient():
+    torch.manual_seed(0)
+    attention = MHAttentionMap(8, 2).double()
+    mask = torch.tensor([[[False, False, True]]])
+    given = torch.randn(1, 2, 8).double().requires_grad_(), torch.randn(1, 8, 1, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda queries, memory: attention(queries, memory, mask), given)
+
+
+def parts(queries: int = Q) -> tuple[MaskHeadSmallConv, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    head = MaskHeadSmallConv(128 + 8, 128, [24, 12, 6])
+    src, attention = torch.randn(B, 128, 2, 3), torch.rand(B, queries, 8, 2, 3)
+    return head, src, attention, [torch.randn(B, 24, 4, 5), torch.randn(B, 12, 7, 9), torch.randn(B, 6, 13, 18)]
+
+
+def test_masks_of_each_query():
+    head, src, attention, fpns = parts()
+    masks = head(src, attention, fpns)
+    assert masks.shape == (B, Q, 13, 18)
+    for b in range(B):
+        for i in range(Q):
+            alone = head(src[b:b + 1], attention[b:b + 1, i:i + 1], [fpn[b:b + 1] for fpn in fpns])
+            torch.testing.assert_close(alone[0, 0], masks[b, i], atol=1e-5, rtol=0)
+    assert not torch.allclose(masks[0, 0], masks[0, 1], atol=1e-3)
+
+
+def test_masks_step_by_step():
+    head, src, attention, fpns = parts(queries=1)
+
+    def block(i, x):
+        return F.group_norm(F.conv2d(x, state[f"lay{i}.weight"], state[f"lay{i}.bias"], padding=1), 8,
+                            state[f"gn{i}.weight"], state[f"gn{i}.bias"]).relu()
+
+    state = head.state_dict()
+    x = block(2, block(1, torch.cat([src, attention[:, 0]], 1)))
+    for i, fpn in enumerate(fpns, start=1):
+        lateral = F.conv2d(fpn, state[f"adapter{i}.weight"], state[f"adapter{i}.bias"])
+        rows = torch.arange(fpn.shape[2]) * x.shape[2] // fpn.shape[2]          # nearest, rounded down
+        columns = torch.arange(fpn.shape[3]) * x.shape[3] // fpn.shape[3]
+        x = block(i + 2, lateral + x[:, :, rows][..., columns])
+    expected = F.conv2d(x, state["out_lay.weight"], state["out_lay.bias"], padding=1)
+    torch.testing.assert_close(head(src, attention, fpns), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_initialisation():
+    head, *_ = parts()
+    for name, module in head.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            bound = (3 / module.weight[0].numel()) ** 0.5
+            assert module.weight.abs().max() <= bound and (module.bias == 0).all(), name
+    assert head.lay1.weight.abs().max() > 0.99 * (3 / head.lay1.weight[0].numel()) ** 0.5
+
+
+def test_every_parameter_is_used():
+    head, src, attention, fpns = parts()
+    head(src, attention, fpns).square().sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.parametrize("hidden_dim, nheads", [(256, 4), (64, 8)])
+def test_widths_that_group_normalisation_cannot_divide(hidden_dim, nheads):
+    with pytest.raises(ValueError, match="masks need .*hidden_dim"):
+        MaskHeadSmallConv(hidden_dim + nheads, hidden_dim, [1024, 512, 256])

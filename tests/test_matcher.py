@@ -1,0 +1,166 @@
+"""Matching: the best of all assignments, whatever else is in the batch; and what it refuses."""
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr.matcher import HungarianMatcher
+from detr.structures import NonFiniteError
+
+Q, C = 6, 4
+
+
+def outputs(batch: int, queries: int = Q, logits: int = C + 1, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pred_logits": torch.randn(batch, queries, logits, generator=generator),
+            "pred_boxes": torch.rand(batch, queries, 4, generator=generator) * 0.4 + 0.1}
+
+
+def targets(*counts: int, seed: int = 1) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"labels": torch.randint(C, (n,), generator=generator),
+             "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.1} for n in counts]
+
+
+def giou(a: list[float], b: list[float]) -> float:
+    (al, at, ar, ab), (bl, bt, br, bb) = ((x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
+    inter = max(0, min(ar, br) - max(al, bl)) * max(0, min(ab, bb) - max(at, bt))
+    union = (ar - al) * (ab - at) + (br - bl) * (bb - bt) - inter
+    hull = (max(ar, br) - min(al, bl)) * (max(ab, bb) - min(at, bt))
+    return inter / union - (hull - union) / hull
+
+
+def pair_cost(logits: list[float], box: list[float], label: int, true: list[float], weights, focal: bool) -> float:
+    """The cost of one pair, from the papers."""
+    if focal:
+        p = 1 / (1 + math.exp(-logits[label]))
+        of_class = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p ** 2 * -math.log(1 - p)
+    else:
+        of_class = -math.exp(logits[label]) / sum(map(math.exp, logits))
+    l1 = sum(abs(x - y) for x, y in zip(box, true))
+    return weights[0] * of_class + weights[1] * l1 - weights[2] * giou(box, true)
+
+
+@pytest.mark.parametrize("focal", [False, True])
+@pytest.mark.parametrize("weights", [(1, 5, 2), (2, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("objects, queries", [(3, 6), (4, 4), (5, 3)])
+@pytest.mark.filterwarnings("ignore:.*no query to match")
+def test_no_assignment_is_cheaper(weights, focal, objects, queries):
+    predicted, true = outputs(1, queries, C if focal else C + 1), targets(objects)
+    matcher = HungarianMatcher(*weights, class_loss="focal" if focal else "softmax")
+    (query, obj), = matcher(predicted, true)
+    cost = [[pair_cost(logits, box, label, box_t, weights, focal)
+             for label, box_t in zip(true[0]["labels"].tolist(), true[0]["boxes"].tolist())]
+            for logits, box in zip(predicted["pred_logits"][0].tolist(), predicted["pred_boxes"][0].tolist())]
+    n = min(objects, queries)
+    best = min(sum(cost[q][o] for q, o in zip(qs, os))
+               for qs in itertools.combinations(range(queries), n) for os in itertools.permutations(range(objects), n))
+    assert len(query) == len(obj) == n and len(set(query.tolist())) == len(set(obj.tolist())) == n
+    assert query.tolist() == sorted(query.tolist()) and query.dtype == obj.dtype == torch.int64
+    assert sum(cost[q][o] for q, o in zip(query.tolist(), obj.tolist())) == pytest.approx(best, abs=1e-5)
+
+
+def equal(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for p, r in zip(a, b) for x, y in zip(p, r))
+
+
+def test_a_batch_is_its_images():
+    predicted, true, matcher = outputs(5), targets(3, 0, 6, 1, 2), HungarianMatcher(1, 5, 2)
+    together = matcher(predicted, true)
+    alone = [matcher({name: x[i:i + 1] for name, x in predicted.items()}, true[i:i + 1])[0] for i in range(5)]
+    assert equal(together, alone)
+    assert [len(query) for query, _ in together] == [3, 0, 6, 1, 2]
+
+
+def test_every_query_matched():
+    (query, obj), = HungarianMatcher(1, 5, 2)(outputs(1), targets(Q))
+    assert query.tolist() == list(range(Q)) and sorted(obj.tolist()) == list(range(Q))
+
+
+def test_exact_predictions_find_their_objects():
+    true = targets(4)
+    where = torch.tensor([5, 0, 3, 2])
+    predicted = outputs(1)
+    predicted["pred_boxes"][0, where] = true[0]["boxes"]
+    predicted["pred_logits"][0, where, true[0]["labels"]] = 20.0
+    (query, obj), = HungarianMatcher(1, 5, 2)(predicted, true)
+    assert torch.equal(where[obj], query)
+
+
+def test_the_order_of_objects_does_not_matter():
+    predicted, true, matcher = outputs(1), targets(5), HungarianMatcher(1, 5, 2)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    (query, obj), = matcher(predicted, true)
+    (other_query, other), = matcher(predicted, [{name: x[order] for name, x in true[0].items()}])
+    assert torch.equal(query, other_query) and torch.equal(order[other], obj)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_objects_at_all(batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        match = HungarianMatcher()(outputs(batch), targets(*[0] * batch))
+    assert len(match) == batch
+    for query, obj in match:
+        assert query.shape == obj.shape == (0,) and query.dtype == obj.dtype == torch.int64
+
+
+def test_more_objects_than_queries():
+    with pytest.warns(UserWarning, match="^7 objects of this batch have no query to match: images have up to 11 "
+                                         "objects and the model 6 queries; raise --num_queries$"):
+        match = HungarianMatcher()(outputs(3), targets(8, 2, 11))
+    assert [len(query) for query, _ in match] == [6, 2, 6]
+
+
+def test_no_gradient_and_nothing_changed():
+    predicted, true = outputs(2), targets(3, 2)
+    predicted["pred_boxes"].requires_grad_()
+    before = {name: x.detach().clone() for name, x in predicted.items()}, [dict(t) for t in true]
+    HungarianMatcher()(predicted, true)
+    assert all(torch.equal(predicted[name], x) for name, x in before[0].items())
+    assert all(torch.equal(t[name], x) for t, old in zip(true, before[1]) for name, x in old.items())
+
+
+def test_lower_precision_is_matched_in_float32():
+    predicted, true = outputs(2), targets(3, 4)
+    lower = {name: x.bfloat16() for name, x in predicted.items()}
+    assert equal(HungarianMatcher()(lower, true), HungarianMatcher()({n: x.float() for n, x in lower.items()}, true))
+
+
+@pytest.mark.parametrize("name, value, image", [("pred_logits", math.nan, 1), ("pred_logits", math.inf, 0),
+                                                ("pred_boxes", math.nan, 2), ("pred_boxes", math.inf, 1)])
+def test_predictions_that_are_not_numbers(name, value, image):
+    predicted = outputs(3)
+    predicted[name][image, 2] = value
+    with pytest.raises(NonFiniteError, match=f"^not finite: {name} of image {image}$"):
+        HungarianMatcher()(predicted, targets(3, 2, 0))         # the last image matches nothing, and is told of too
+
+
+def test_ground_truth_that_is_no_number():
+    true = targets(3, 2)
+    true[1]["boxes"][0, 3] = math.nan
+    with pytest.raises(NonFiniteError, match="^not finite: target boxes of image 1$"):
+        HungarianMatcher()(outputs(2), true)
+
+
+@pytest.mark.parametrize("label, class_loss", [(C, "softmax"), (C + 1, "softmax"), (-1, "softmax"), (C + 1, "focal")])
+def test_labels_out_of_range(label, class_loss):
+    true, matcher = targets(3, 2), HungarianMatcher(class_loss=class_loss)
+    classes = C if class_loss == "softmax" else C + 1
+    true[1]["labels"][0] = label
+    rest = (f"has the labels \\[{label}\\], and the model's classes are 0 to {classes - 1}; "
+            "build it with num_classes above the largest label")
+    with pytest.raises(ValueError, match=f"^image 1 of the batch {rest}"):
+        matcher(outputs(2), true)
+    with pytest.raises(ValueError, match=f"^image_id 4711 {rest}"):
+        matcher(outputs(2), [true[0], true[1] | {"image_id": torch.tensor([4711])}])
+    true[1]["labels"][0] = classes - 1
+    matcher(outputs(2), true)
+
+
+def test_costs_that_weigh_nothing():
+    with pytest.raises(ValueError, match="all matching costs are 0; give --set_cost_class, --set_cost_bbox or"):
+        HungarianMatcher(0, 0, 0)

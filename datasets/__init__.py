@@ -1,0 +1,55 @@
+"""Data sets by name, and what turns their items into batches and their predictions into scores."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from datasets.coco import LAYOUT, CocoDetection, Transforms
+from datasets.coco_eval import CocoEvaluator
+from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from detr.structures import Category, Target
+
+
+def build_coco(split: str, coco_path: str | Path, transforms: Transforms | None = None, return_masks: bool = False,
+               categories: Sequence[Category] | None = None) -> CocoDetection:
+    """COCO 2017 or data in its layout; arguments as for ``build_dataset``."""
+    root = Path(coco_path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--coco_path {root}: there is no such folder. {LAYOUT}")
+    return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transforms,
+                         return_masks, categories)
+
+
+DATASETS: dict[str, Callable[..., CocoDetection]] = {"coco": build_coco}
+
+
+def build_dataset(split: str, coco_path: str | Path, dataset_file: str = "coco", *,
+                  transforms: Transforms | None = None, return_masks: bool = False,
+                  categories: Sequence[Category] | None = None) -> CocoDetection:
+    """The ``split`` ("train" or "val") of the data below ``coco_path``.
+
+    ``dataset_file`` names one of ``DATASETS``, which says how to read it. ``categories`` is the class table to use
+    (that of the training data for the validation data, that of a checkpoint), by default the data's own.
+    """
+    if dataset_file not in DATASETS:
+        raise ValueError(f"--dataset_file {dataset_file}: there is no such kind of data; there are "
+                         f"{', '.join(sorted(DATASETS))}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split {split!r}: there are 'train' and 'val'")
+    return DATASETS[dataset_file](split, coco_path, transforms=transforms, return_masks=return_masks,
+                                  categories=categories)
+
+
+def build_evaluators(dataset: CocoDetection) -> list[CocoEvaluator]:
+    """What scores predictions for ``dataset``: each has ``update(predictions)`` and ``summarize()``."""
+    return [CocoEvaluator(dataset.coco, dataset.categories, dataset.num_classes)]
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:
+    """Items of a data set -> images padded to one size with the mask of the padding, and the targets as they are."""
+    images: list[Any]
+    images, targets = map(list, zip(*batch))
+    return nested_tensor_from_tensor_list(images), targets

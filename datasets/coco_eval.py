@@ -1,0 +1,169 @@
+"""Predictions -> average precision, as pycocotools computes it (COCO's detection challenge)."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from datasets.coco import index
+from detr.distributed import gather_objects, is_main
+from detr.structures import Category, Detections
+
+
+class CocoEvaluator:
+    """Collects the predictions of every process, and scores them against the ground truth ``coco``.
+
+    ``update`` after each batch, then ``summarize`` once, by all processes. What is scored are the images that
+    ``update`` has seen, over all processes; where these are not all of the ground truth, a printed line says so.
+
+    Predictions are written under the data's own ids, which ``categories`` gives for labels. A label that the data does
+    not use (COCO has 11 in its 91 slots) belongs to no class: such a prediction is left out and counted in a printed
+    line. It could neither be right nor wrong for pycocotools, so the score is the same.
+
+    After ``summarize``: ``results``, the predictions in COCO's result format; ``eval``, pycocotools' dict of precisions
+    and recalls, in the main process (None in others).
+    """
+
+    def __init__(self, coco: COCO, categories: Sequence[Category], num_classes: int) -> None:
+        self.coco = coco
+        self.num_classes = num_classes
+        self.categories = list(categories)
+        self.results: list[dict[str, Any]] | None = None
+        self.eval: dict[str, Any] | None = None
+        self._ids = torch.full((num_classes,), -1, dtype=torch.int64)                # label -> the data's id
+        for category in categories:
+            if not 0 <= category.label < num_classes:
+                raise ValueError(f"category {category.name!r} has label {category.label}, but the model has labels 0 "
+                                 f"to {num_classes - 1}; build it with num_classes of this data")
+            self._ids[category.label] = category.id
+        self._seen: dict[int, list[dict[str, Any]]] = {}                             # image id -> its results
+        self._without_class: Counter[int] = Counter()                                # label -> left out
+
+    def update(self, predictions: Mapping[int, Detections]) -> None:
+        """Add ``{image id: Detections}``; boxes are corners in pixels of the original image. Raises ValueError for an
+        image that is not in the ground truth or comes twice, and for labels and numbers that cannot be."""
+        for image_id, detections in predictions.items():
+            if image_id not in self.coco.imgs:
+                raise ValueError(f"predictions for image id {image_id}, which the ground truth does not have; evaluate "
+                                 f"the images of the file that the evaluator was made from")
+            if image_id in self._seen:
+                raise ValueError(f"predictions for image id {image_id} a second time; each image counts once")
+            self._seen[image_id] = self._as_results(image_id, detections)
+
+    def _as_results(self, image_id: int, detections: Detections) -> list[dict[str, Any]]:
+        scores, labels, boxes_xyxy = (detections[k].detach().cpu() for k in ("scores", "labels", "boxes"))
+        if not (boxes_xyxy.isfinite().all() and scores.isfinite().all()):
+            raise ValueError(f"predictions for image id {image_id} have scores or boxes that are not finite; look for "
+                             f"the same in the model's weights and its input")
+        if ((labels < 0) | (labels >= self.num_classes)).any():
+            raise ValueError(f"predictions for image id {image_id} have labels {int(labels.min())} to "
+                             f"{int(labels.max())}, but the data has 0 to {self.num_classes - 1}; the model was built "
+                             f"for other classes")
+        ids = self._ids[labels]
+        self._without_class.update(labels[ids < 0].tolist())
+        boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
+        return [{"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+                for category_id, bbox, score in zip(ids.tolist(), boxes_xywh.tolist(), scores.tolist())
+                if category_id >= 0]
+
+    def summarize(self) -> dict[str, Any]:
+        """Score, and print COCO's twelve lines and a table of the classes. All processes call it and get the same:
+
+        ``coco_eval_bbox``: COCO's twelve numbers, -1 where the ground truth has no object to find (of that size);
+        ``per_class``: ``{name: {"AP": ..., "AP50": ..., "objects": ...}}``, -1 likewise. Where two classes share a
+        name, their ids follow it.
+        """
+        self._gather()
+        scored = self._score() if is_main() else None
+        return gather_objects(scored)[0]
+
+    def save_results(self, path: str | Path) -> None:
+        """Write ``results`` as json that pycocotools' ``loadRes`` reads, in the main process. The file appears whole or
+        not at all."""
+        if self.results is None:
+            raise RuntimeError("no results to save yet; summarize() collects them from all processes, call it first")
+        if is_main():
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(path.name + ".unfinished")
+            unfinished.write_text(json.dumps(self.results))
+            os.replace(unfinished, path)
+
+    def _gather(self) -> None:
+        seen: dict[int, list[dict[str, Any]]] = {}
+        without_class: Counter[int] = Counter()
+        for process, (theirs, labels) in enumerate(gather_objects((self._seen, self._without_class))):
+            if twice := sorted(seen.keys() & theirs.keys()):
+                raise ValueError(f"predictions for image id {twice[0]} come from process {process} and from an earlier "
+                                 f"one ({len(twice)} images in all); share the images out with EvaluationShard")
+            seen.update(theirs)
+            without_class += labels
+        self.image_ids = sorted(seen)
+        self.results = [result for image_id in self.image_ids for result in seen[image_id]]
+        if is_main():
+            if without_class:
+                print(f"left out of the results: {without_class.total()} predictions of labels that the data does not "
+                      f"use ({', '.join(map(str, sorted(without_class)))})")
+            if len(seen) < len(self.coco.imgs):
+                print(f"scored: {len(seen)} of the {len(self.coco.imgs)} images of the ground truth")
+
+    def _score(self) -> dict[str, Any]:
+        chatter, lines = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(chatter):
+            judge = COCOeval(self.coco, self._detections(), "bbox")
+            judge.params.imgIds = self.image_ids
+            judge.evaluate()
+            judge.accumulate()
+        with contextlib.redirect_stdout(lines):
+            judge.summarize()
+        self.eval = judge.eval
+        per_class = self._per_class(judge)
+        print(lines.getvalue() + _table(per_class), flush=True)
+        return {"coco_eval_bbox": judge.stats.tolist(), "per_class": per_class}
+
+    def _detections(self) -> COCO:
+        """The results as pycocotools wants them; its ``loadRes`` cannot do with none."""
+        if self.results:
+            return self.coco.loadRes([dict(result) for result in self.results])     # it adds keys of its own
+        return index({**self.coco.dataset, "annotations": []})
+
+    def _per_class(self, judge: COCOeval) -> dict[str, dict[str, float]]:
+        precision = judge.eval["precision"][:, :, :, 0, -1]     # [IoU, recall, class]: all sizes, 100 detections
+        ids = judge.params.catIds
+        names = [self.coco.cats[i]["name"] for i in ids]
+        shared = {name for name, n in Counter(names).items() if n > 1}
+        objects = Counter(gt["category_id"] for i in self.image_ids for gt in self.coco.imgToAnns[i]
+                          if not gt["iscrowd"])
+        return {f"{name} ({i})" if name in shared else name:
+                {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k]), "objects": objects[i]}
+                for k, (i, name) in enumerate(zip(ids, names))}
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Mean of what could be measured; pycocotools marks the rest with -1, and so does this."""
+    measured = precision[precision > -1]
+    return float(measured.mean()) if measured.size else -1.0
+
+
+def _table(per_class: dict[str, dict[str, float]], columns: int = 3) -> str:
+    """Name, AP, AP50 and number of objects of each class, down the columns; "-" where there is nothing to find."""
+    def number(x: float) -> str:
+        return "    -" if x < 0 else f"{x:.3f}"
+
+    width = max(5, *map(len, per_class)) if per_class else 5
+    cells = [f"{name:<{width}} {number(row['AP'])} {number(row['AP50'])} {row['objects']:>7}"
+             for name, row in per_class.items()]
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    head = "   ".join([f"{'class':<{width}} {'AP':>5} {'AP50':>5} {'objects':>7}"] * columns)
+    return "\n".join([head, *("   ".join(cells[row::rows]) for row in range(rows))])

@@ -1,0 +1,70 @@
+"""End-to-end object detection with transformers.
+
+    from detr import build_model, list_models
+    model, criterion, postprocessors = build_model("detr_resnet50", num_classes=91)
+
+Shape letters, everywhere: ``B`` images, ``Q`` queries, ``S`` tokens of a feature map, ``L`` levels, ``D`` channels,
+``C`` classes, ``N`` objects of an image, ``M`` attention heads, ``P`` points, ``K`` layers.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from torch import nn
+
+    from .set_criterion import SetCriterion
+
+__all__ = ["build_model", "list_models"]
+
+
+def list_models() -> list[str]:
+    """The names that ``build_model`` and ``--model`` know."""
+    from .presets import PRESETS
+    return list(PRESETS)
+
+
+def build_model(
+    model: str | Namespace = "detr_resnet50", *, num_classes: int | None = None, pretrained: bool = False,
+    pretrained_backbone: bool = False, **flags: Any,
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Model, criterion and post-processing.
+
+    ``model`` is one of ``list_models()`` and ``flags`` change its configuration, keyword = flag name; or it is what
+    ``main.get_args_parser()`` parsed. Flags of training, data and run are known, and checked, but have no part in what
+    is built here. ``num_classes`` counts labels from 0, "no object" left out; without it, it is the published number
+    (91; panoptic 250).
+
+    Weights are random. Nothing is downloaded unless asked for: ``pretrained=True`` fetches the published weights,
+    ``pretrained_backbone=True`` the backbone's ImageNet weights. Raises ValueError for names and flags that do not
+    exist, naming the nearest that does.
+    """
+    from . import checkpoint, config
+    from .backbone import IMAGENET_URLS
+    from .presets import PRESETS
+
+    if not isinstance(model, str):
+        flags = config.typed_flags(model, [type(PRESETS["detr_resnet50"].model), config.DataConfig]) | flags
+        model = getattr(model, "model", None) or "detr_resnet50"
+    if model not in PRESETS:
+        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)}; "
+                         f"known are {', '.join(PRESETS)}")
+    preset = PRESETS[model]
+    if num_classes is None:
+        num_classes = 250 if flags.get("dataset_file") == "coco_panoptic" else preset.num_classes
+    own, _ = config.divide(flags, preset.model)
+    settings = config.replace(preset.model, own)
+    built, criterion, postprocessors = settings.build(num_classes)
+    if pretrained:
+        if preset.url is None:
+            raise ValueError(f"{model} has no published weights; train it, or leave out pretrained=True")
+        checkpoint.load_model(built, checkpoint.load(preset.url)["model"], preset.url)
+    elif pretrained_backbone:
+        if settings.backbone not in IMAGENET_URLS:
+            raise ValueError(f"no ImageNet weights are known for backbone {settings.backbone}; there are some for "
+                             f"{', '.join(IMAGENET_URLS)}")
+        url = IMAGENET_URLS[settings.backbone]
+        checkpoint.load_backbone(settings.backbone_of(built).body, checkpoint.load(url)["model"], url)
+    return built, criterion, postprocessors

@@ -1,0 +1,194 @@
+"""DETR (Carion et al., 2020): figure 2 from left to right is ``DETR.forward`` from top to bottom."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import build_backbone, freeze_published
+from ..config import flag
+from ..decoder import TransformerDecoderLayer
+from ..encoder import TransformerEncoder
+from ..losses import SoftmaxLabelLoss, box_loss, cardinality_error, mask_loss
+from ..mask_head import MaskHeadSmallConv, MHAttentionMap
+from ..matcher import HungarianMatcher
+from ..mlp import MLP
+from ..nested_tensor import NestedTensor, as_nested_tensor
+from ..position_encoding import build_position_encoding
+from ..postprocess import PostProcess
+from ..set_criterion import SetCriterion
+from ..structures import Outputs
+
+
+@dataclass(frozen=True)
+class DETRConfig:
+    """DETR's own flags; the defaults are the paper's ResNet-50 model."""
+    backbone: str = flag("resnet50", "backbone by name")
+    dilation: bool = flag(False, "DC5: the backbone's last stage keeps the resolution of the one before")
+    backbone_norm: str = flag("frozen", "normalisation of the backbone: 'frozen' statistics of a pretrained one, or "
+                              "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
+    from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
+    lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it")
+    position_embedding: str = flag("sine", "positions of the feature map", ("sine", "learned"))
+    enc_layers: int = flag(6, "encoder layers")
+    dec_layers: int = flag(6, "decoder layers")
+    dim_feedforward: int = flag(2048, "width of the feed-forward blocks")
+    hidden_dim: int = flag(256, "width of the transformer")
+    dropout: float = flag(0.1, "dropout in the transformer")
+    nheads: int = flag(8, "attention heads")
+    num_queries: int = flag(100, "object queries: the most objects an image can have")
+    pre_norm: bool = flag(False, "normalise before each transformer block instead of after it")
+    masks: bool = flag(False, "train the mask head for segmentation")
+    frozen_weights: str | None = flag(None, "checkpoint of a box model to freeze while its mask head is trained")
+    aux_loss: bool = flag(True, "train every decoder layer's predictions, not only the last one's")
+    set_cost_class: float = flag(1, "class weight in the matching cost")
+    set_cost_bbox: float = flag(5, "L1 box weight in the matching cost")
+    set_cost_giou: float = flag(2, "generalized IoU weight in the matching cost")
+    mask_loss_coef: float = flag(1, "weight of the masks' focal loss")
+    dice_loss_coef: float = flag(1, "weight of the masks' dice loss")
+    bbox_loss_coef: float = flag(5, "weight of the L1 box loss")
+    giou_loss_coef: float = flag(2, "weight of the generalized IoU loss")
+    eos_coef: float = flag(0.1, "weight of the 'no object' class in the class loss")
+
+    def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
+        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, all_levels=self.masks)
+        if self.lr_backbone <= 0 or not self.from_scratch:
+            freeze_published(backbone, train=self.lr_backbone > 0)
+        position = build_position_encoding(self.position_embedding, self.hidden_dim)
+        transformer = Transformer(self.hidden_dim, self.nheads, self.enc_layers, self.dec_layers, self.dim_feedforward,
+                                  self.dropout, self.pre_norm)
+        model: nn.Module = DETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
+                                self.aux_loss)
+        if self.masks:
+            model = DETRsegm(model, freeze_detr=self.frozen_weights is not None)
+        matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou)
+        losses = [SoftmaxLabelLoss(num_classes, self.eos_coef), box_loss, cardinality_error]
+        criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights())
+        return model, criterion, {"bbox": PostProcess()}
+
+    @staticmethod
+    def backbone_of(model: nn.Module) -> nn.Module:
+        """The backbone inside a model that ``build`` made."""
+        return getattr(model, "detr", model).backbone[0]
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss, of every supervised decoder layer."""
+        weights = {"loss_ce": 1.0, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
+        if self.masks:
+            weights |= {"loss_mask": self.mask_loss_coef, "loss_dice": self.dice_loss_coef}
+        layers = range(self.dec_layers - 1) if self.aux_loss else ()
+        return weights | {f"{name}_{i}": weight for i in layers for name, weight in weights.items()}
+
+    def parameter_groups(self, model: nn.Module, lr: float) -> list[dict]:
+        """Trainable parameters with their learning rates. As published, everything with "backbone" in its name, learned
+        positions included, has the backbone's."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [{"params": [p for name, p in trained if "backbone" not in name], "lr": lr},
+                {"params": [p for name, p in trained if "backbone" in name], "lr": self.lr_backbone}]
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder (section 3.2; figure 10)."""
+
+    def __init__(self, d_model: int = 256, nhead: int = 8, num_encoder_layers: int = 6, num_decoder_layers: int = 6,
+                 dim_feedforward: int = 2048, dropout: float = 0.1, normalize_before: bool = False) -> None:
+        super().__init__()
+        self.d_model, self.nhead = d_model, nhead
+        layer = (d_model, nhead, dim_feedforward, dropout, normalize_before)
+        self.encoder = TransformerEncoder(num_encoder_layers, *layer)
+        self.decoder = TransformerDecoder(num_decoder_layers, *layer)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding, ``query_embed [Q, D]``
+        -> what each decoder layer says of the queries ``[K, B, Q, D]``, and the encoder's memory ``[B, D, H, W]``."""
+        tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
+        memory = self.encoder(tokens, padding, position)
+        hs = self.decoder(query_embed.expand(len(src), -1, -1), memory, memory + position, padding)
+        return hs, memory.mT.reshape(src.shape)
+
+
+class TransformerDecoder(nn.Module):
+    """Decoder layers; queries start without content. The same normalisation closes each layer's output."""
+
+    def __init__(self, num_layers: int, d_model: int, nhead: int, dim_feedforward: int, dropout: float,
+                 normalize_before: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerDecoderLayer(d_model, nhead, dim_feedforward, dropout, normalize_before)
+                                    for _ in range(num_layers))
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor) -> Tensor:
+        content = torch.zeros_like(query_position)
+        outputs = []
+        for layer in self.layers:
+            content = layer(content, query_position, memory, memory_key, mask)
+            outputs.append(self.norm(content))
+        return torch.stack(outputs)
+
+
+class DETR(nn.Module):
+    """Backbone, transformer, and on the queries of every decoder layer one class head and one box head."""
+
+    def __init__(self, backbone: nn.Sequential, transformer: Transformer, num_classes: int, num_queries: int,
+                 aux_loss: bool = False) -> None:
+        super().__init__()
+        d_model = transformer.d_model
+        self.transformer = transformer
+        self.class_embed = nn.Linear(d_model, num_classes + 1)
+        self.bbox_embed = MLP(d_model, d_model, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, d_model)
+        self.input_proj = nn.Conv2d(backbone[0].channels[-1], d_model, kernel_size=1)
+        self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
+        """Images -> ``pred_logits [B, Q, C + 1]`` ("no object" last), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), and
+        the same of the earlier decoder layers in ``aux_outputs``."""
+        return self.detect(samples)[0]
+
+    def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
+        """``forward``, and what it went through."""
+        features = list(self.backbone[-2](as_nested_tensor(samples)).values())
+        src, mask = features[-1].decompose()
+        src = self.input_proj(src)
+        hs, memory = self.transformer(src, mask, self.query_embed.weight, self.backbone[-1](features[-1]).to(src.dtype))
+        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()                 # [K, B, Q, C + 1 or 4]
+        outputs: Outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if self.aux_loss:
+            outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]
+        return outputs, Intermediates(features, src, hs, memory)
+
+
+class Intermediates(NamedTuple):
+    """What a forward pass of DETR went through."""
+    features: list[NestedTensor]        # the backbone's maps, finest first
+    src: Tensor                         # [B, D, H, W] the last of them, projected
+    hs: Tensor                          # [K, B, Q, D] each decoder layer's queries
+    memory: Tensor                      # [B, D, H, W] the encoder's output
+
+
+class DETRsegm(nn.Module):
+    """DETR with a mask head (section 4.4; figure 8): for each query its attention over the memory, sharpened by a small
+    convolutional network that adds the backbone's finer maps."""
+
+    def __init__(self, detr: DETR, freeze_detr: bool = False) -> None:
+        super().__init__()
+        self.detr = detr
+        if freeze_detr:
+            detr.requires_grad_(False)
+        d_model, nheads = detr.transformer.d_model, detr.transformer.nhead
+        self.bbox_attention = MHAttentionMap(d_model, nheads)
+        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, detr.backbone[0].channels[-2::-1])
+
+    def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
+        """DETR's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits."""
+        outputs, (features, src, hs, memory) = self.detr.detect(samples)
+        attention = self.bbox_attention(hs[-1], memory, features[-1].mask)                  # [B, Q, M, H, W]
+        outputs["pred_masks"] = self.mask_head(src, attention, [f.tensors for f in features[-2::-1]])
+        return outputs

@@ -1,0 +1,134 @@
+"""Configuration: frozen dataclasses, and flags made from their fields.
+
+One word everywhere: a field's name is the flag's name is the attribute's name. An architecture's own fields are the
+dataclass in its file; here are those that all share.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, choices: Iterable[Any] | None = None) -> Any:
+    """A dataclass field that is also a flag of the command line."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+    lr: float = flag(1e-4, "learning rate of everything but the backbone")
+    batch_size: int = flag(2, "images per process")
+    weight_decay: float = flag(1e-4, "AdamW's weight decay")
+    epochs: int = flag(300, "passes over the training data")
+    lr_drop: int = flag(200, "epoch after which a step schedule divides the learning rates by ten")
+    lr_schedule: str = flag("step", "'step' drops once at --lr_drop; 'cosine' falls smoothly to zero at --epochs",
+                            ("step", "cosine"))
+    warmup_steps: int = flag(0, "optimizer steps over which the learning rates rise from zero")
+    clip_max_norm: float = flag(0.1, "largest gradient norm; larger gradients are scaled down, 0 leaves them")
+    ema_decay: float = flag(0.0, "evaluate and save an exponential moving average of the weights too; 0 keeps none")
+    amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32",
+                    ("off", "bf16"))
+    seed: int = flag(42, "seed of weights, augmentation and order")
+    eval_every: int = flag(1, "epochs between evaluations; the last epoch is always evaluated")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a model is trained and evaluated on, and how images become its input."""
+    dataset_file: str = flag("coco", "kind of data: 'coco' is COCO 2017 or anything in its layout")
+    coco_path: str | None = flag(None, "folder with train2017/, val2017/ and annotations/; without it, synthetic data")
+    coco_panoptic_path: str | None = flag(None, "folder of the panoptic annotations")
+    remove_difficult: bool = flag(False, "leave out objects marked as difficult (VOC)")
+    image_size: int = flag(800, "short side of images in evaluation; training draws from 0.6 to 1 times it")
+    max_size: int = flag(1333, "limit of the long side")
+    random_crop: bool = flag(True, "crop half of the training images at random")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where and how a run takes place; nothing of it belongs to the model."""
+    device: str = flag("cuda", "'cuda', 'cpu', 'mps'; where there is no cuda, the cpu, said in the first lines")
+    output_dir: str = flag("", "folder for checkpoints, log.txt and pictures; empty: a new one below outputs/")
+    resume: str = flag("", "checkpoint, path or URL, to go on from, or to evaluate")
+    start_epoch: int = flag(0, "epoch to begin with; --resume sets it")
+    eval: bool = flag(False, "evaluate and stop")
+    backbone_weights: str | None = flag(None, "file with ImageNet weights of the backbone")
+    num_workers: int = flag(2, "processes that read images")
+    world_size: int = flag(1, "number of processes; torchrun sets it")
+    dist_url: str = flag("env://", "where processes meet; torchrun sets it")
+    tensorboard: bool = flag(False, "write TensorBoard events to the output folder")
+    print_every: float = flag(10.0, "seconds between progress lines")
+
+
+def validate(config: Any) -> None:
+    """Refuse values outside a field's choices, naming the flag."""
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
+    """``config`` with some fields changed; an unknown name is an error that names the nearest field."""
+    names = [field.name for field in dataclasses.fields(config)]                                # type: ignore[arg-type]
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"{type(config).__name__} has no option {name!r}{nearest(name, names)}")
+    changed = dataclasses.replace(config, **changes)                                            # type: ignore[type-var]
+    validate(changed)
+    return changed
+
+
+def divide(flags: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags -> those of ``config``, and those of training, data and run; an unknown one is an error that names the
+    nearest."""
+    own = {field.name for field in dataclasses.fields(config)}
+    shared = {field.name for part in (TrainConfig, DataConfig, RunConfig) for field in dataclasses.fields(part)}
+    for name in flags:
+        if name not in own | shared:
+            raise ValueError(f"{type(config).__name__} has no option {name!r}{nearest(name, own | shared)}")
+    return ({name: value for name, value in flags.items() if name in own},
+            {name: value for name, value in flags.items() if name in shared})
+
+
+def typed_flags(args: argparse.Namespace, configs: Iterable[type]) -> dict[str, Any]:
+    """What the user decided among the fields of ``configs``: flags that were typed (``args.typed``, which ``main``'s
+    parser leaves), and attributes that a program set to something else than the default."""
+    typed = getattr(args, "typed", frozenset())
+    return {field.name: getattr(args, field.name) for config in configs for field in dataclasses.fields(config)
+            if field.name in typed or getattr(args, field.name, field.default) != field.default}
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean X?"`` for the name most like ``name``, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def add_flags(parser: argparse._ActionsContainer, config: type, action: type[argparse.Action],
+              names: Iterable[str] | None = None) -> None:
+    """A flag for each field of a dataclass, or for those in ``names``. A boolean becomes a switch with a ``--no_``
+    form; help shows the one that changes its default."""
+    types = typing.get_type_hints(config)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name in names or fields:
+        kind, default = types[name], fields[name].default
+        help, choices = fields[name].metadata["help"], fields[name].metadata["choices"]
+        if kind is bool:
+            for spelling, value in ((f"--{name}", True), (f"--no_{name}", False)):
+                shown = argparse.SUPPRESS if value == default else help if value else f"not: {help}"
+                parser.add_argument(spelling, dest=name, action=action, nargs=0, const=value, default=default,
+                                    help=shown)
+            continue
+        plain = next((k for k in typing.get_args(kind) if k is not type(None)), kind)           # "str | None" is str
+        parser.add_argument(f"--{name}", action=action, type=plain, default=default, choices=choices,
+                            metavar=None if choices else plain.__name__.upper(),
+                            help=help if default in (None, "") else f"{help} (default: {default})")

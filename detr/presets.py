@@ -1,0 +1,41 @@
+"""Models by name: configuration, recipe, and where published weights are. Data, no code."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .architectures.detr import DETRConfig
+from .config import DataConfig, TrainConfig
+
+DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Architecture, recipe and data pipeline; ``num_classes`` is that of the published weights at ``url``."""
+    model: DETRConfig
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    num_classes: int = 91
+    url: str | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "detr_resnet50": Preset(DETRConfig(), url=DETR_URL + "detr-r50-e632da11.pth"),
+    "detr_resnet50_dc5": Preset(DETRConfig(dilation=True), url=DETR_URL + "detr-r50-dc5-f0fb7ef5.pth"),
+    "detr_resnet101": Preset(DETRConfig(backbone="resnet101"), url=DETR_URL + "detr-r101-2c7b67e5.pth"),
+    "detr_resnet101_dc5": Preset(DETRConfig(backbone="resnet101", dilation=True),
+                                 url=DETR_URL + "detr-r101-dc5-a2e86def.pth"),
+    "detr_resnet50_panoptic": Preset(DETRConfig(masks=True), num_classes=250,
+                                     url=DETR_URL + "detr-r50-panoptic-00ce5173.pth"),
+    "detr_resnet50_dc5_panoptic": Preset(DETRConfig(dilation=True, masks=True), num_classes=250,
+                                         url=DETR_URL + "detr-r50-dc5-panoptic-da08f1b1.pth"),
+    "detr_resnet101_panoptic": Preset(DETRConfig(backbone="resnet101", masks=True), num_classes=250,
+                                      url=DETR_URL + "detr-r101-panoptic-40021d53.pth"),
+    # Ours, for a CPU: learns from random weights.
+    "tiny_detr": Preset(
+        DETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=5e-4, enc_layers=1,
+                   dec_layers=3, dim_feedforward=512, hidden_dim=128, nheads=4, dropout=0.0, num_queries=30),
+        TrainConfig(lr=5e-4, batch_size=16, epochs=16, lr_schedule="cosine", warmup_steps=200, ema_decay=0.998,
+                    amp="bf16", eval_every=4),
+        DataConfig(image_size=160, max_size=224)),
+}

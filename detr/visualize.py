@@ -1,0 +1,309 @@
+"""Pictures for people: detections drawn on images, sheets that compare them with the ground truth, learning curves."""
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""The twelve numbers of COCO's evaluation in pycocotools' order: precision, then recall with 1, 10 and 100 detections
+an image; s, m, l are small, medium and large objects."""
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]               # left, top, right, bottom in pixels, right and bottom left out
+
+
+# Detections on an image.
+
+def class_colour(label: int) -> Colour:
+    """RGB of a class, the same everywhere. Steps of the golden ratio around the colour wheel keep near labels far apart;
+    every eight labels the shade changes too."""
+    saturation, value = ((0.8, 1.0), (0.5, 0.95), (0.95, 0.75))[label // 8 % 3]
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + label * 0.6180340) % 1, saturation, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def text_colour(background: Colour) -> Colour:
+    """Black or white, whichever contrasts more (WCAG 2: at least 4.5 to 1 on any colour)."""
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+
+
+@lru_cache(maxsize=None)
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along, ``size`` pixels high."""
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
+    return ImageFont.truetype(str(file), size)
+
+
+def class_name(label: int, names: Mapping[int, str] | Sequence[str]) -> str:
+    """The name of ``label``, or "label 12" where there is none."""
+    known = label in names if isinstance(names, Mapping) else 0 <= label < len(names)
+    return names[label] if known else f"label {label}"
+
+
+def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, names: Mapping[int, str] | Sequence[str],
+                    scores: Tensor | None = None, min_side: int = 0) -> Image.Image:
+    """A copy of ``image`` (RGB) with a box in its class's colour and a caption for each object, such as "ring 0.87".
+
+    ``boxes_xyxy [n, 4]`` are corners in pixels of ``image`` and may reach over its edges; ``labels [n]``; ``names`` gives
+    names for labels; ``scores [n]`` where there are some. Where the short side has less than ``min_side`` pixels, the
+    picture is first enlarged, by the least whole number that reaches it, so that captions can be read; 0 keeps the size.
+    """
+    if boxes_xyxy.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
+        raise ValueError(f"boxes_xyxy {list(boxes_xyxy.shape)}, labels {list(labels.shape)}, scores "
+                         f"{scores if scores is None else list(scores.shape)}: [n, 4], [n] and [n] are needed")
+    factor = max(1, math.ceil(min_side / min(image.size)))
+    width, height = (side * factor for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else image.copy()
+    draw = ImageDraw.Draw(image)
+    line = min(max(1, round(min(width, height) / 220)), 8)
+    letters = font(min(max(10, round(min(width, height) / 32)), 40))
+
+    scored = scores.tolist() if scores is not None else [None] * len(labels)
+    objects = [(box, label, score) for box, label, score in zip((boxes_xyxy * factor).round().int().tolist(),
+                                                                labels.tolist(), scored)
+               if overlap(_at_least_a_pixel(box), (0, 0, width, height))]
+    objects.sort(key=lambda row: -1 if row[2] is None else row[2])                     # the surest are drawn on top
+    boxes = [_at_least_a_pixel(box) for box, _, _ in objects]
+    for (left, top, right, bottom), (_, label, _) in zip(boxes, objects):
+        if line > 1:                                                                    # visible on any ground
+            draw.rectangle((left - 1, top - 1, right, bottom), outline=(0, 0, 0))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=class_colour(label), width=line)
+
+    captions: list[Rectangle] = []
+    for box, (_, label, score) in reversed(list(zip(boxes, objects))):                  # the surest choose their place
+        text = shorten(class_name(label, names), "" if score is None else f" {score:.2f}", letters, width - 2 * line - 2)
+        size = math.ceil(letters.getlength(text)) + 2 * line + 2, sum(letters.getmetrics()) + 1
+        place = place_caption(size, box, (width, height), captions, boxes)
+        captions.append(place)
+        background = class_colour(label)
+        draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=background)
+        draw.text((place[0] + line + 1, place[1]), text, text_colour(background), letters)
+    return image
+
+
+def _at_least_a_pixel(box: Sequence[int]) -> Rectangle:
+    left, top, right, bottom = box
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def shorten(name: str, ending: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
+    """``name`` and ``ending``, the name cut with an ellipsis where both together are longer than ``width`` pixels."""
+    text = name + ending
+    while letters.getlength(text) > width and name:
+        name = name[:-1]
+        text = f"{name.rstrip()}…{ending}"
+    return text
+
+
+def overlap(a: Rectangle, b: Rectangle) -> int:
+    """Pixels that two rectangles share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def place_caption(size: tuple[int, int], box: Rectangle, image_size: tuple[int, int], captions: Iterable[Rectangle],
+                  boxes: Iterable[Rectangle]) -> Rectangle:
+    """Where a caption of ``size`` (width, height) stands: at a corner of its ``box``, within the image, where it hides
+    the least of the other captions and then of the objects."""
+    width, height = size
+    left, top, right, bottom = box
+    best, least = box, math.inf
+    for y in (top - height, bottom, top, bottom - height):
+        for x in (left, right - width):
+            x0, y0 = max(0, min(x, image_size[0] - width)), max(0, min(y, image_size[1] - height))
+            place = (x0, y0, x0 + width, y0 + height)
+            hidden = 10 * sum(overlap(place, other) for other in captions) + sum(overlap(place, b) for b in boxes)
+            if hidden < least:
+                best, least = place, hidden
+    return best
+
+
+def side_by_side(rows: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[str, str],
+                 captions: Sequence[str] = (), pairs_across: int = 2) -> Image.Image:
+    """A sheet of pairs of pictures, ``pairs_across`` of them in a line, below their two ``titles``; ``captions``, one a
+    pair, stand under the pictures. Pictures keep their size and may have different ones."""
+    if not rows or len(captions) not in (0, len(rows)):
+        raise ValueError(f"{len(rows)} pairs of pictures and {len(captions)} captions: at least one pair is needed, and "
+                         f"a caption for each or for none")
+    across = min(pairs_across, len(rows))
+    cell = max(picture.width for pair in rows for picture in pair)
+    bold, small = font(min(max(13, cell // 20), 30), bold=True), font(min(max(11, cell // 30), 22))
+    inner, outer = max(8, cell // 40), max(24, cell // 12)              # gaps within a pair and around pairs
+    below = sum(small.getmetrics()) + inner // 2 if captions else 0
+    lines = [rows[i:i + across] for i in range(0, len(rows), across)]
+    heights = [max(picture.height for pair in line for picture in pair) for line in lines]
+    top = outer // 2 + sum(bold.getmetrics()) + inner
+    sheet = Image.new("RGB", (outer + across * (2 * cell + inner + outer),
+                              top + sum(heights) + len(lines) * below + (len(lines) - 1) * (outer // 2) + outer // 2),
+                      (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i in range(across):
+        for j, title in enumerate(titles):
+            middle = outer + i * (2 * cell + inner + outer) + j * (cell + inner) + cell / 2
+            draw.text((middle, outer // 2), title, (40, 40, 40), bold, anchor="ma")
+    for number, (line, height) in enumerate(zip(lines, heights)):
+        for i, pair in enumerate(line):
+            left = outer + i * (2 * cell + inner + outer)
+            for j, picture in enumerate(pair):
+                sheet.paste(picture, (left + j * (cell + inner) + (cell - picture.width) // 2,
+                                      top + (height - picture.height) // 2))
+            if captions:
+                draw.text((left + cell + inner / 2, top + height + inner // 2), captions[number * across + i],
+                          (110, 110, 110), small, anchor="ma")
+        top += height + below + outer // 2
+    return sheet
+
+
+# Learning curves.
+
+BLUE, ORANGE, GREEN, GREY, BLACK = "#2f6db5", "#dd7a2c", "#3a9a63", "#9a9a9a", "#222222"
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The epochs in ``log.txt``, one JSON object a line. Where training went back to an earlier epoch, what came after
+    that before is left out. Raises ValueError naming the file and the line that is not right."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no complete JSON object ({error.msg} at character {error.pos} of "
+                             f"{len(line)}); if the program was stopped while it wrote, delete this line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+            raise ValueError(f"{path}, line {number}: it is no JSON object with an \"epoch\"; each line is one epoch's")
+        rows = [earlier for earlier in rows if earlier["epoch"] < row["epoch"]] + [row]
+    return rows
+
+
+def draw_curves(log_file: str | Path, out: str | Path) -> None:
+    """Draw ``log.txt`` as a PNG: the total loss, its three parts, and the average precision, over epochs.
+
+    Values that an epoch does not have are gaps that lines bridge. The file appears whole or not at all. Raises
+    ValueError where the log has no epoch or a line that is not right.
+    """
+    rows, out = read_log(log_file), Path(out)
+    if not rows:
+        raise ValueError(f"{log_file}: there is no epoch in it to draw")
+    figure = Figure(figsize=(15, 4.4), dpi=100, facecolor="white")
+    losses, parts, precision = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.045, right=0.988, top=0.86, bottom=0.125, wspace=0.16)
+    draw_losses(losses, rows)
+    draw_parts(parts, rows)
+    draw_precision(precision, rows)
+    first, last = rows[0]["epoch"], rows[-1]["epoch"]
+    for axes in (losses, parts, precision):
+        axes.set_xlabel("epoch", color=BLACK)
+        axes.set_xlim(*((first, last) if last > first else (first - 1, first + 1)))
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", length=0, labelcolor="#555555")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+        if not axes.lines:
+            axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=13)
+            axes.set_yticks([])
+
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str, position: int | None = None) -> tuple[list[int], list[float]]:
+    """Epochs and values of ``key``, or of the number at ``position`` of the list there, where there is a finite one."""
+    found = []
+    for row in rows:
+        value = row.get(key)
+        if position is not None:
+            value = value[position] if isinstance(value, list) and len(value) > position else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append((row["epoch"], value))
+    return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def plot(axes: Axes, points: tuple[list[int], list[float]], **style: Any) -> None:
+    """A line, with its points marked where they are few."""
+    if points[0]:
+        axes.plot(*points, marker="o" if len(points[0]) <= 25 else None, markersize=3.5, solid_capstyle="round", **style)
+
+
+def heading(axes: Axes, title: str, detail: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=BLACK, pad=22)
+    axes.text(0, 1.025, detail, transform=axes.transAxes, fontsize=9.5, color="#666666")
+
+
+def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    training, test = series(rows, "train_loss"), series(rows, "test_loss")
+    plot(axes, training, color=BLUE, linewidth=2, label="training")
+    plot(axes, test, color=ORANGE, linewidth=2, linestyle="--", label="validation")
+    now = [f"{name} {points[1][-1]:.4g}" for name, points in (("training", training), ("validation", test)) if points[1]]
+    heading(axes, "Total loss", "last: " + ", ".join(now) if now else "no losses in the log")
+    axes.set_ylabel("weighted sum over all layers", color=BLACK)
+    if axes.lines:
+        axes.legend(loc="upper right", frameon=False)
+
+
+def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    handles = []
+    for key, name, colour in (("ce", "class", BLUE), ("giou", "box GIoU", GREEN), ("bbox", "box L1", ORANGE)):
+        training, test = series(rows, f"train_loss_{key}"), series(rows, f"test_loss_{key}")
+        plot(axes, training, color=colour, linewidth=1.8)
+        plot(axes, test, color=colour, linewidth=1.8, linestyle="--")
+        if training[0] or test[0]:
+            handles.append(Line2D([], [], color=colour, linewidth=3, label=name))
+    heading(axes, "Parts of the loss", "last decoder layer, not weighted; solid: training, dashed: validation")
+    axes.set_ylabel("loss", color=BLACK)
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    if values and min(values) > 0:                          # the parts differ by an order of magnitude
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(LogLocator(10, subs=()))
+    if handles:
+        axes.legend(handles=handles, loc="upper right", frameon=False, ncols=3, columnspacing=1.2, handlelength=1.2)
+
+
+def draw_precision(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    styles: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("AP", dict(color=BLACK, linewidth=2.4, zorder=3)), ("AP50", dict(color=BLUE, linewidth=1.8)),
+        ("AP75", dict(color=ORANGE, linewidth=1.8)), ("APs", dict(color=GREY, linewidth=1, linestyle=":")),
+        ("APm", dict(color=GREY, linewidth=1, linestyle="--")), ("APl", dict(color=GREY, linewidth=1)))
+    words = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
+    detail = "no evaluation yet"
+    for name, style in styles:
+        epochs, values = series(rows, "test_coco_eval_bbox", COCO_NUMBERS.index(name))
+        measured = [(epoch, value) for epoch, value in zip(epochs, values) if value >= 0]       # -1: no such objects
+        if not measured:
+            continue
+        epochs, values = map(list, zip(*measured))
+        plot(axes, (epochs, values), label=words.get(name, name), **style)
+        if name == "AP":
+            best = max(values)
+            detail = f"last {values[-1]:.3f} (epoch {epochs[-1]}), best {best:.3f} (epoch {epochs[values.index(best)]})"
+    heading(axes, "Average precision on the validation images", detail)
+    axes.set_ylabel("AP", color=BLACK)
+    if axes.lines:
+        top = max(value for line in axes.lines for value in line.get_ydata())
+        axes.set_ylim(0, min(1.0, max(0.05, top * 1.3)))
+        axes.legend(loc="upper left", frameon=False, ncols=2, columnspacing=1.2)

@@ -1,0 +1,493 @@
+"""The command line: flags -> configurations -> build -> train or evaluate. No Namespace leaves this file."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from datasets import build_dataset, build_evaluators, collate
+from datasets.images import read_image
+from datasets.sampler import EvaluationShard, TrainingSampler
+from datasets.synthetic import synthetic_data
+from datasets.transforms import Preprocessing, eval_transforms, make_transforms
+from detr import checkpoint, config, distributed, visualize
+from detr.architectures.detr import DETRConfig
+from detr.backbone import IMAGENET_URLS
+from detr.config import DataConfig, RunConfig, TrainConfig
+from detr.presets import PRESETS
+from detr.structures import Category, NonFiniteError
+from engine import Progress, duration, evaluate, train_one_epoch
+
+# Title of each group of flags in --help, and the dataclass or the fields that it shows.
+GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
+    ("run", RunConfig, None),
+    ("data", DataConfig, None),
+    ("training", TrainConfig, None),
+    ("backbone", DETRConfig, ("backbone", "dilation", "backbone_norm", "from_scratch", "lr_backbone",
+                              "position_embedding")),
+    ("transformer", DETRConfig, ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads",
+                                 "num_queries", "pre_norm")),
+    ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef")),
+    ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
+    ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
+]
+
+
+class Flag(argparse.Action):
+    """Stores a value, and that it was typed: presets and checkpoints change defaults, never what was typed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.typed = getattr(namespace, "typed", frozenset()) | {self.dest}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest flag when it does not know one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:         # type: ignore[override]
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error("unknown: " + "; ".join(f"{u}{config.nearest(u.split('=')[0], flags)}" for u in unknown))
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        """Without argparse's list of all flags, which would push the message off the screen."""
+        self.exit(2, f"{self.prog}: {message}. See --help\n")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, without ``--help``, so that it can be a parent."""
+    parser = Parser("DETR", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", action=Flag, metavar="NAME",
+                        help="preset: its settings hold where nothing else is typed. One of " + ", ".join(PRESETS))
+    for title, dataclass, names in GROUPS:
+        config.add_flags(parser.add_argument_group(title), dataclass, Flag, names)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a run needs to know, decided."""
+    name: str
+    model: DETRConfig
+    train: TrainConfig
+    data: DataConfig
+    run: RunConfig
+    resumed: dict[str, Any] | None              # the checkpoint of --resume
+    categories: list[Category] | None           # its class table
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a checkpoint remembers."""
+        return {"name": self.name, "model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train),
+                "data": dataclasses.asdict(self.data)}
+
+
+def settle(args: argparse.Namespace) -> Settings:
+    """Flags -> settings, in the order: the architecture's default, the preset, the checkpoint's configuration, what was
+    typed. Says what it chose. Raises ValueError for what the chosen model does not have."""
+    typed = config.typed_flags(args, [DETRConfig, TrainConfig, DataConfig, RunConfig])
+    resumed = checkpoint.load(args.resume) if args.resume else None
+    remembered = (resumed or {}).get("config", {})
+    name = args.model or remembered.get("name")
+    if name is None and resumed is not None:
+        name = name_by_shapes(resumed["model"], args.resume)
+    if name is None:
+        name = "detr_resnet50" if args.coco_path else "tiny_detr"
+    if name not in PRESETS:
+        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if remembered and name != remembered["name"]:
+        raise ValueError(f"--model {name}: {args.resume} holds a {remembered['name']}; leave --model out")
+    parts: dict[str, Any] = {"model": preset.model, "train": preset.train, "data": preset.data, "run": RunConfig()}
+    for part, base in parts.items():
+        known = {field.name for field in dataclasses.fields(base)}
+        old = {k: v for k, v in remembered.get(part, {}).items() if k in known}
+        new = {k: v for k, v in typed.items() if k in known}
+        changed = [f"--{k} {v} (was {old[k]})" for k, v in new.items() if k in old and old[k] != v]
+        if changed:
+            say(f"changed since {args.resume}: {', '.join(changed)}")
+        parts[part] = config.replace(base, old | new)
+    settings = Settings(name, resumed=resumed, categories=class_table(resumed), **parts)
+    refuse_what_is_not_there(settings, typed)
+    return settings
+
+
+def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
+    rows = (resumed or {}).get("categories")
+    return rows and [Category(row["label"], row["id"], row["name"]) for row in rows]
+
+
+def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
+    """The preset of a checkpoint that says nothing of its configuration: ``detr_resnet50`` where its shapes fit."""
+    if "class_embed.weight" not in state_dict and "detr.class_embed.weight" not in state_dict:
+        raise ValueError(f"{source} has no class_embed.weight: it is not a DETR checkpoint")
+    head = state_dict.get("class_embed.weight", state_dict.get("detr.class_embed.weight"))
+    fitting = []
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            model = preset.model.build(len(head) - 1)[0]
+        found = checkpoint.differences(model, state_dict)
+        if not (found.missing or found.unexpected or found.wrong_shape):
+            fitting.append(name)
+    if "detr_resnet50" in fitting:
+        return "detr_resnet50"
+    raise ValueError(f"{source} has no configuration inside, and does not fit detr_resnet50. "
+                     + (f"It fits --model {' or --model '.join(fitting)}" if fitting else
+                        f"It fits none of {', '.join(PRESETS)} either; give --model and the flags it was trained with"))
+
+
+def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
+    """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
+    model, data, run = settings.model, settings.data, settings.run
+    if model.masks or model.frozen_weights or data.coco_panoptic_path or data.dataset_file == "coco_panoptic":
+        raise ValueError("training and evaluating masks is not there yet; from Python, "
+                         "build_model('detr_resnet50_panoptic') gives the model")
+    if data.remove_difficult:
+        raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
+    if run.start_epoch and settings.resumed is None:
+        raise ValueError("--start_epoch needs --resume: there is nothing to go on from")
+    if "world_size" in typed and run.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"--world_size {run.world_size}: processes are started with "
+                         f"torchrun --nproc-per-node={run.world_size} main.py ...")
+    if model.from_scratch and model.backbone_norm == "frozen":
+        raise ValueError("--from_scratch with --backbone_norm frozen would fix random statistics; "
+                         "add --backbone_norm group, or batch where --batch_size is 8 or more")
+    if model.from_scratch and model.lr_backbone <= 0:
+        raise ValueError("--from_scratch with --lr_backbone 0 would freeze a random backbone; "
+                         "give it a learning rate, such as that of --lr")
+    if model.from_scratch and run.backbone_weights:
+        raise ValueError("--from_scratch and --backbone_weights contradict each other; choose one")
+    if run.eval and run.backbone_weights:
+        raise ValueError("--backbone_weights begins a training; --eval takes its weights from --resume")
+
+
+def say(text: str) -> None:
+    """Print once, not once a process."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def choose_device(wanted: str, typed: bool) -> str:
+    """``wanted``, or the cpu where the default cuda is not there. A device that was typed is never replaced."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if there.get(wanted.split(":")[0], True):
+        return wanted
+    if typed:
+        raise ValueError(f"--device {wanted}: PyTorch finds none on this machine; use --device cpu")
+    return "mps" if there["mps"] else "cpu"
+
+
+def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, dict]:
+    """Model, criterion and post-processing, the model with its first weights: those of ``--resume``, or ImageNet's in
+    the backbone, or random ones where the user or the preset says so."""
+    model, criterion, postprocessors = settings.model.build(num_classes)
+    resumed, run, backbone = settings.resumed, settings.run, settings.model.backbone
+    if resumed is not None:
+        checkpoint.load_model(model, resumed["model"], run.resume)
+        say(f"weights: {run.resume}")
+    elif run.eval:
+        say("weights: random, since --eval came without --resume")
+    elif settings.model.from_scratch:
+        say(f"weights: random; the whole backbone trains, with {settings.model.backbone_norm} norm and learning rate "
+            f"{settings.model.lr_backbone:g}")
+    else:
+        source = run.backbone_weights or IMAGENET_URLS.get(backbone)
+        scratch = "to train the backbone from random weights, add --from_scratch --backbone_norm group --lr_backbone LR"
+        if source is None:
+            raise ValueError(f"no ImageNet weights are known for --backbone {backbone}: name a file with "
+                             f"--backbone_weights FILE; {scratch}")
+        say(f"backbone weights: {source}")
+        try:
+            weights = checkpoint.load(source)["model"]
+        except OSError as error:
+            raise type(error)(f"{error}. Training {settings.name} starts from ImageNet weights of {backbone}: name a "
+                              f"file with --backbone_weights FILE; or, {scratch}") from None
+        checkpoint.load_backbone(settings.model.backbone_of(model).body, weights, source)
+    return model, criterion, postprocessors
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, which follows faster while it is young."""
+    def average(averaged: torch.Tensor, current: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
+        if not averaged.is_floating_point():
+            return current
+        return averaged.lerp(current, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
+
+
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps_per_epoch: int,
+                           first_epoch: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The factor of all learning rates as a function of the optimizer step alone, so that resuming needs no memory."""
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+        if train.lr_schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (train.epochs * steps_per_epoch))))
+        return warm * 0.1 ** (step // steps_per_epoch // train.lr_drop)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=first_epoch * steps_per_epoch - 1)
+
+
+def output_folder(settings: Settings) -> Path | None:
+    """``--output_dir``; without it a training gets a new folder below ``outputs/``, a resumed one goes on in its own,
+    and an evaluation has none. What an earlier training left there is set aside, never overwritten."""
+    if settings.run.eval and not settings.run.output_dir:
+        return None
+    resume = settings.run.resume
+    if resume and not settings.run.output_dir and "config" in settings.resumed and Path(resume).is_file():
+        return Path(resume).parent
+    folder = Path(settings.run.output_dir or Path("outputs") / settings.name)
+    if not settings.run.output_dir:
+        number = 2
+        while folder.exists():
+            folder, number = folder.with_name(f"{settings.name}-{number}"), number + 1
+    elif settings.resumed is None and not settings.run.eval and (folder / "log.txt").exists():
+        number = 1
+        while (folder / f"earlier-{number}").exists():
+            number += 1
+        aside = folder / f"earlier-{number}"
+        if distributed.is_main():
+            aside.mkdir()
+            for path in [p for p in folder.iterdir() if not p.name.startswith("earlier-")]:
+                shutil.move(path, aside / path.name)
+        say(f"an earlier training's files were moved to {aside}")
+    distributed.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what the flags say; returns the last evaluation's results."""
+    settings = settle(args)
+    device_name = choose_device(settings.run.device, "device" in getattr(args, "typed", ()))
+    process = distributed.init(device_name, settings.run.dist_url)
+    try:
+        return run(settings, process.device)
+    finally:
+        distributed.close()
+
+
+def run(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Data, model, and then evaluation or training."""
+    train, data = settings.train, settings.data
+    coco_path = data.coco_path or synthetic_data()
+    world = distributed.world_size()
+    say(f"model: {settings.name}; data: {coco_path}{'' if data.coco_path else ' (synthetic)'}; device: {device}; "
+        f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
+        f"{train.batch_size * world}")
+    preprocessing = Preprocessing(data.image_size, data.max_size)
+
+    def dataset(split: str, categories: list[Category] | None) -> Any:
+        transforms = make_transforms(split, preprocessing, crop=data.random_crop)
+        return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories)
+
+    training = None if settings.run.eval else dataset("train", settings.categories)
+    validation = dataset("val", training.categories if training else settings.categories)
+    torch.manual_seed(train.seed)
+    model, criterion, postprocessors = build(settings, validation.num_classes)
+    model, criterion = model.to(device), criterion.to(device)
+    judge = Judge(validation, criterion, postprocessors, settings, device)
+    folder = output_folder(settings)
+    if training is None:
+        results = judge(model, "evaluation")
+        judge.save(folder)
+        return results
+    torch.manual_seed(train.seed + distributed.rank())                      # each process has augmentations of its own
+    return fit(settings, training, model, criterion, judge, preprocessing, folder, device)
+
+
+class Judge:
+    """Evaluates a model on the validation data, each image once over all processes."""
+
+    def __init__(self, validation: Any, criterion: nn.Module, postprocessors: dict, settings: Settings,
+                 device: torch.device) -> None:
+        self.validation, self.criterion, self.postprocessors = validation, criterion, postprocessors
+        self.device, self.print_every = device, settings.run.print_every
+        shard = EvaluationShard(len(validation), distributed.rank(), distributed.world_size())
+        self.loader = data_loader(validation, shard, settings, device, drop_last=False)
+
+    def __call__(self, model: nn.Module, title: str) -> dict[str, Any]:
+        self.evaluators = build_evaluators(self.validation)
+        return evaluate(model, self.criterion, self.postprocessors, self.loader, len(self.loader), self.evaluators,
+                        self.device, Progress(title, self.print_every))
+
+    def save(self, folder: Path | None) -> None:
+        """The last evaluation's predictions as COCO json, and pycocotools' ``eval`` dict."""
+        if folder is None or not distributed.is_main():
+            return
+        box = self.evaluators[0]
+        box.save_results(folder / "results.json")
+        curves = folder / "eval" / "latest.pth"
+        curves.parent.mkdir(exist_ok=True)
+        torch.save(box.eval, curves.with_suffix(".unfinished"))
+        os.replace(curves.with_suffix(".unfinished"), curves)
+        say(f"predictions: {folder / 'results.json'}; precision and recall: {curves}")
+
+
+def data_loader(dataset: Any, sampler: Any, settings: Settings, device: torch.device, drop_last: bool) -> DataLoader:
+    workers = settings.run.num_workers
+    return DataLoader(dataset, settings.train.batch_size, sampler=sampler, drop_last=drop_last, collate_fn=collate,
+                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+
+
+def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module, judge: Judge,
+        preprocessing: Preprocessing, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Train epoch by epoch; after each, evaluate, log and save."""
+    train = settings.train
+    sampler = TrainingSampler(len(training), distributed.rank(), distributed.world_size(), train.seed)
+    loader = data_loader(training, sampler, settings, device, drop_last=True)
+    if len(loader) == 0:
+        raise ValueError(f"--batch_size {train.batch_size} on {distributed.world_size()} processes needs more than the "
+                         f"{len(training)} training images; lower it")
+    optimizer = torch.optim.AdamW(settings.model.parameter_groups(model, train.lr), lr=train.lr,
+                                  weight_decay=train.weight_decay)
+    ema = moving_average(model, train.ema_decay) if train.ema_decay else None
+    first_epoch = restore(settings, model, optimizer, ema)
+    schedule = learning_rate_schedule(optimizer, train, len(loader), first_epoch)
+    wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) \
+        if distributed.is_distributed() else model
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"parameters that train: {parameters}; epochs {first_epoch} to {train.epochs - 1} of {len(loader)} steps; "
+        f"output: {folder}")
+    log = Log(folder, settings.run.tensorboard)
+    results: dict[str, Any] = {}
+    start = time.perf_counter()
+    for epoch in range(first_epoch, train.epochs):
+        sampler.set_epoch(epoch)
+        progress = Progress(f"epoch {epoch}", settings.run.print_every, train.epochs - 1 - epoch)
+        averages = train_one_epoch(wrapped, criterion, loader, len(loader), optimizer, schedule, device, epoch,
+                                   max_norm=train.clip_max_norm, amp=train.amp,
+                                   after_step=ema and (lambda: ema.update_parameters(model)), progress=progress)
+        last = epoch + 1 == train.epochs
+        scored = ema.module if ema else model
+        evaluated = last or (epoch + 1) % train.eval_every == 0
+        results = judge(scored, f"evaluation {epoch}") if evaluated else {}
+        if distributed.is_main():
+            state = {"model": scored.state_dict(), "optimizer": optimizer.state_dict(),
+                     "lr_scheduler": schedule.state_dict(), "epoch": epoch, "config": settings.as_dict(),
+                     "categories": [category._asdict() for category in training.categories],
+                     "num_classes": training.num_classes,
+                     "preprocessing": preprocessing.as_dict()}
+            if ema:
+                state |= {"training_model": model.state_dict(), "ema_steps": int(ema.n_averaged)}
+            save_checkpoints(folder, state, train, epoch)
+            log.write(epoch, averages, results, parameters)
+        judge.save(folder if last else None)
+    say(f"trained for {duration(time.perf_counter() - start)}, evaluation and saving included")
+    if distributed.is_main() and train.epochs > first_epoch:
+        picture_of_detections(scored, judge, preprocessing, folder, device)
+    log.close()
+    return results
+
+
+def restore(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None) -> int:
+    """Continue the checkpoint of ``--resume``: optimizer, averages; returns the first epoch to train. Learning rate and
+    weight decay are those of the settings, since a typed ``--lr`` is meant."""
+    resumed, run = settings.resumed, settings.run
+    if resumed is None:
+        return 0
+    if "optimizer" not in resumed or "epoch" not in resumed:
+        say(f"{run.resume} has weights only: training starts at epoch {run.start_epoch} with a new optimizer")
+        return run.start_epoch
+    wanted = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(resumed["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"{run.resume}: its optimizer does not fit the parameters that train now ({error}); resume "
+                         f"with the same --lr_backbone and --from_scratch as before") from None
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, wanted):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+    if ema is not None:
+        ema.module.load_state_dict(resumed["model"])
+        ema.n_averaged.fill_(resumed.get("ema_steps", 0))
+    if "training_model" in resumed:
+        checkpoint.load_model(model, resumed["training_model"], run.resume)
+    first = run.start_epoch or resumed["epoch"] + 1
+    if first >= settings.train.epochs:
+        raise ValueError(f"{run.resume} has finished epoch {resumed['epoch']} of {settings.train.epochs}: nothing is "
+                         f"left to train; give more --epochs, or --eval")
+    say(f"resumed from {run.resume}: epoch {first} is next")
+    return first
+
+
+def save_checkpoints(folder: Path, state: dict[str, Any], train: TrainConfig, epoch: int) -> None:
+    """``checkpoint.pth`` is always the newest; one more stays from before each drop of the learning rate, and from
+    every hundredth epoch, as published."""
+    checkpoint.save(folder / "checkpoint.pth", state)
+    drops = train.lr_schedule == "step" and (epoch + 1) % train.lr_drop == 0
+    if drops or (epoch + 1) % 100 == 0:
+        checkpoint.save(folder / f"checkpoint{epoch:04}.pth", state)
+
+
+class Log:
+    """``log.txt`` with one JSON object a line an epoch, the curve drawn from it, and TensorBoard where asked for."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.file, self.curves, self.writer = folder / "log.txt", folder / "curves.png", None
+        if tensorboard and distributed.is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, epoch: int, training: dict[str, float], test: dict[str, Any], parameters: int) -> None:
+        row = {**{f"train_{name}": value for name, value in training.items()},
+               **{f"test_{name}": value for name, value in test.items()}, "epoch": epoch, "n_parameters": parameters}
+        with open(self.file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        visualize.draw_curves(self.file, self.curves)
+        if self.writer is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, epoch)
+            for name, value in zip(visualize.COCO_NUMBERS, test.get("coco_eval_bbox", ())):
+                self.writer.add_scalar(f"coco/{name}", value, epoch)
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+@torch.no_grad()
+def picture_of_detections(model: nn.Module, judge: Judge, preprocessing: Preprocessing, folder: Path,
+                          device: torch.device, count: int = 6, threshold: float = 0.5) -> None:
+    """``detections.png``: what the model sees on a few validation images, next to the ground truth."""
+    data = judge.validation
+    names = {category.label: category.name for category in data.categories}
+    with_objects = [i for i in range(len(data)) if len(data.target(i)["labels"])] or list(range(len(data)))
+    rows = []
+    for i in with_objects[::max(1, len(with_objects) // count)][:count]:
+        image, target = read_image(data.image_folder / data.files[i]), data.target(i)
+        tensor, _ = eval_transforms(preprocessing)(image, {})
+        found = judge.postprocessors["bbox"](model([tensor.to(device)]), target["orig_size"][None].to(device))[0]
+        found = {name: value[found["scores"] > threshold].cpu() for name, value in found.items()}
+        rows.append((visualize.draw_detections(image, target["boxes"], target["labels"], names),
+                     visualize.draw_detections(image, found["boxes"], found["labels"], names, found["scores"])))
+    visualize.side_by_side(rows, ("ground truth", f"detections over {threshold}")).save(folder / "detections.png")
+    say(f"pictures: {folder / 'detections.png'}, {folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    parser = Parser("DETR", description="Train and evaluate detection transformers.", parents=[get_args_parser()],
+                    allow_abbrev=False)
+    try:
+        main(parser.parse_args())
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

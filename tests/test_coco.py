@@ -1,0 +1,268 @@
+"""datasets/coco.py: annotations become the right targets, and what is wrong with them is said by name."""
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from torch.utils.data import DataLoader
+
+from datasets import build_dataset, collate
+from datasets.coco import COCO_CATEGORIES, CocoDetection, class_table, num_classes
+from datasets.transforms import Preprocessing, make_transforms
+from detr.structures import Category
+
+
+def annotation(id, image_id=3, category_id=1, bbox=(10, 5, 20, 30), **more):
+    return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), "area": 500.5,
+            "iscrowd": 0, **more}
+
+
+@pytest.fixture
+def data():
+    """Two images, of which the one listed first has the greater id; three classes with gaps in their ids."""
+    return {"images": [{"id": 7, "file_name": "b.png", "width": 50, "height": 40},
+                       {"id": 3, "file_name": "a.png", "width": 64, "height": 48}],
+            "categories": [{"id": 56, "name": "cow"}, {"id": 1, "name": "cat"}, {"id": 23, "name": "dog"}],
+            "annotations": [annotation(101), annotation(102, category_id=56), annotation(103, category_id=23)]}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """``dataset(json or text)`` writes it with the two images in COCO's layout, and opens it."""
+    for name, size in (("a.png", (64, 48)), ("b.png", (50, 40))):
+        (tmp_path / "val2017").mkdir(exist_ok=True)
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "val2017" / name)
+    (tmp_path / "annotations").mkdir()
+
+    def write_and_open(content, **options):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "annotations" / "instances_val2017.json").write_text(text)
+        return build_dataset("val", tmp_path, **options)
+
+    return write_and_open
+
+
+def test_what_a_dataset_is(dataset, data):
+    opened = dataset(data)
+    assert opened.ids == [3, 7] and len(opened) == 2
+    assert opened.categories == [Category(0, 1, "cat"), Category(1, 23, "dog"), Category(2, 56, "cow")]
+    assert opened.num_classes == 3
+    image, target = opened[0]
+    assert image.size == (64, 48) and image.mode == "RGB"
+    assert target["labels"].tolist() == [0, 2, 1] and target["boxes"].tolist() == [[10, 5, 30, 35]] * 3
+    assert target["area"].tolist() == [500.5] * 3 and target["iscrowd"].tolist() == [0, 0, 0]
+    assert target["orig_size"].tolist() == target["size"].tolist() == [48, 64] and target["image_id"].tolist() == [3]
+    assert {key: value.dtype for key, value in target.items()} == {
+        "boxes": torch.float32, "area": torch.float32, "labels": torch.int64, "iscrowd": torch.int64,
+        "image_id": torch.int64, "orig_size": torch.int64, "size": torch.int64}
+
+
+def test_images_without_objects_are_kept(dataset, data, capsys):
+    opened = dataset(data, return_masks=False)
+    assert "2 images (1 without objects, kept), 3 objects of 3 classes\n" in capsys.readouterr().out
+    _, target = opened[1]
+    assert target["image_id"].tolist() == [7] and target["boxes"].shape == (0, 4)
+    assert all(target[key].shape == (0,) for key in ("labels", "area", "iscrowd"))
+    data["annotations"] = []
+    opened = dataset(data, return_masks=True, transforms=make_transforms("train", Preprocessing(32, 64)))
+    images, targets = next(iter(DataLoader(opened, batch_size=2, collate_fn=collate)))
+    assert images.tensors.shape[:2] == (2, 3) and not images.mask.all()
+    assert [target["boxes"].shape for target in targets] == [(0, 4)] * 2 and targets[0]["masks"].shape[0] == 0
+    assert len(opened.coco.anns) == 0
+
+
+def test_boxes_are_clipped_and_what_is_no_object_is_left_out_and_counted(dataset, data, capsys):
+    data["annotations"] = [annotation(1, bbox=(-5, -6, 20, 30)), annotation(2, bbox=(50, 40, 100, 100)),
+                           annotation(3, bbox=(5, 5, 0, 10)), annotation(4, bbox=(5, 5, 10, -3)),
+                           annotation(5, bbox=(70, 5, 10, 10)), annotation(6, bbox=(1, 1, 0, 0)),
+                           annotation(7, iscrowd=1), annotation(8)]
+    opened = dataset(data)
+    assert opened.target(0)["boxes"].tolist() == [[0, 0, 15, 24], [50, 40, 64, 48], [10, 5, 30, 35]]
+    said = capsys.readouterr().out
+    assert "left out of the targets: 1 crowd annotation (annotation 7)" in said
+    assert "4 boxes without width or height inside the image (annotation 3, 4, 5, ...)" in said
+    assert len(said.splitlines()) == 1
+    assert len(opened.coco.anns) == 8 and capsys.readouterr().out == ""             # all are scored, nothing chatters
+
+
+def test_iscrowd_and_area_may_be_missing(dataset, data, capsys):
+    for row in data["annotations"]:
+        del row["iscrowd"]
+    del data["annotations"][1]["area"]
+    opened = dataset(data)
+    assert opened.target(0)["area"].tolist() == [500.5, 600, 500.5]
+    assert "1 annotation without 'area', which became the box's (annotation 102)" in capsys.readouterr().out
+    assert opened.coco.anns[102]["area"] == 600 and opened.coco.anns[102]["iscrowd"] == 0
+
+
+def test_an_annotation_id_of_0_would_never_be_found(dataset, data, capsys):
+    data["annotations"][0]["id"] = 0
+    opened = dataset(data)
+    assert "annotation id 0 became 104" in capsys.readouterr().out
+    assert sorted(opened.coco.anns) == [102, 103, 104]
+
+
+def test_labels_of_coco_are_its_ids_and_others_have_no_gaps():
+    coco = class_table(COCO_CATEGORIES)
+    assert num_classes(coco) == 91 and len(coco) == 80 and all(label == id for label, id, _ in coco)
+    renamed = class_table({**COCO_CATEGORIES, 90: "broom"})
+    assert num_classes(renamed) == 80 and renamed[-1] == Category(79, 90, "broom")
+    assert class_table({5: "b", 0: "a"}) == [Category(0, 0, "a"), Category(1, 5, "b")]
+
+
+def test_a_given_class_table_is_used_or_the_difference_named(dataset, data):
+    table = [Category(0, 1, "cat"), Category(1, 2, "hen"), Category(2, 23, "dog"), Category(3, 56, "cow")]
+    opened = dataset(data, categories=table)
+    assert opened.categories == table and opened.num_classes == 4
+    assert opened.target(0)["labels"].tolist() == [0, 3, 2]
+    with pytest.raises(ValueError, match=r"instances_val2017.json: categories 23 'dog' are not in the class table.*"
+                                         r"1 'cat', 56 'cow'.*same ids and names"):
+        dataset(data, categories=[Category(0, 1, "cat"), Category(1, 56, "cow")])
+
+
+def test_masks_from_polygons_and_run_lengths(dataset, data):
+    square = np.zeros((48, 64), dtype=np.uint8, order="F")
+    square[5:35, 10:30] = 1
+    compressed = rle.encode(square)
+    compressed["counts"] = compressed["counts"].decode()
+    counts = [10 * 48 + 5] + [30, 18] * 19 + [30, 13 + 34 * 48]                 # down the columns, off and on in turn
+    halves = [[10, 5, 20, 5, 20, 35, 10, 35], [20, 5, 30, 5, 30, 35, 20, 35]]
+    for row, segmentation in zip(data["annotations"], (halves, compressed, {"size": [48, 64], "counts": counts})):
+        row["segmentation"] = segmentation
+    _, target = dataset(data, return_masks=True)[0]
+    assert target["masks"].dtype == torch.bool
+    assert torch.equal(target["masks"], torch.from_numpy(square).bool().expand(3, -1, -1))
+    data["annotations"][1]["segmentation"] = []
+    with pytest.raises(ValueError, match="1 of 3 objects have no segmentation.*annotation 102.*without --masks"):
+        dataset(data, return_masks=True)
+
+
+def test_targets_are_the_callers_own(dataset, data):
+    opened = dataset(data)
+    opened.target(0)["boxes"].zero_()
+    opened.target(0)["orig_size"].zero_()
+    assert opened.target(0)["boxes"].tolist() == [[10, 5, 30, 35]] * 3
+    assert opened.target(0)["orig_size"].tolist() == [48, 64]
+    assert len(pickle.dumps(opened)) < 10_000                                   # what each spawned worker receives
+
+
+def damaged(data, change):
+    data = copy.deepcopy(data)
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d.pop("annotations"), "has no list 'annotations'.*'images', 'annotations' and 'categories'"),
+    (lambda d: d.pop("images"), "has no list 'images'"),
+    (lambda d: d.update(categories={}), "has no list 'categories'"),
+    (lambda d: d.update(categories=[]), "'categories' is empty"),
+    (lambda d: d.update(images=[], annotations=[]), "'images' is empty"),
+    (lambda d: d["annotations"][1].pop("bbox"), "annotation id 102 has no 'bbox'; add it"),
+    (lambda d: d["annotations"][1].pop("category_id"), "annotation id 102 has no 'category_id'"),
+    (lambda d: d["annotations"][1].pop("image_id"), "annotation id 102 has no 'image_id'"),
+    (lambda d: d["annotations"][1].pop("id"), r"row 1 \(counted from 0\) of 'annotations' has no 'id'"),
+    (lambda d: d["images"].append("a.png"), r"row 2 \(counted from 0\) of 'images' has no 'id'"),
+    (lambda d: d["annotations"][1].update(category_id=4),
+     "annotation id 102 has category_id 4, which 'categories' does not list; its ids are 1, 23, 56; correct it"),
+    (lambda d: d["annotations"][1].update(category_id=[1]), r"annotation id 102 has category_id \[1\]"),
+    (lambda d: d["annotations"][1].update(image_id=99), "annotation id 102 is of image id 99, which 'images' does not"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), r"annotation id 102 has bbox \[1, 2, 3\]; four finite"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), "annotation id 102 has bbox.*nan"),
+    (lambda d: d["annotations"][1].update(area=None), "annotation id 102 has area None"),
+    (lambda d: d["annotations"][1].update(iscrowd=2), "annotation id 102 has iscrowd 2; it is 0 or 1"),
+    (lambda d: d["annotations"][1].update(id=101), "'annotations' has several rows with the same id: 101"),
+    (lambda d: d["images"][1].update(id=7), "'images' has several rows with the same id: 7"),
+    (lambda d: d["images"][1].pop("file_name"), "image id 3 has no 'file_name'"),
+    (lambda d: d["images"][1].pop("width"), r"image id 3 \(a.png\) has width None; a whole number of pixels"),
+    (lambda d: d["categories"][1].pop("name"), "category id 1 has no 'name'"),
+])
+def test_bad_annotations_are_named(dataset, data, change, message):
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{message}"):
+        dataset(damaged(data, change))
+
+
+def test_a_json_cut_short_is_located(dataset, data):
+    text = json.dumps(data)
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json: no valid json at line 1, column \d+ \(character "
+                                         rf"\d+ of {len(text) // 2}\).*cut short, download or export it again"):
+        dataset(text[:len(text) // 2])
+    with pytest.raises(ValueError, match="no valid json"):
+        dataset("")
+    with pytest.raises(ValueError, match="has no list 'images'"):
+        dataset("[1, 2]")
+
+
+def test_missing_folders_and_files_are_named_with_the_layout(dataset, data, tmp_path):
+    dataset(data)
+    with pytest.raises(FileNotFoundError, match=r"--coco_path .*nowhere: there is no such folder.*\n.*train2017/"):
+        build_dataset("val", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"image folder .*train2017 is not there.*\n.*train2017/  val2017/"):
+        build_dataset("train", tmp_path)
+    (tmp_path / "train2017").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json are not there.*\n.*\n.*annotations/"):
+        build_dataset("train", tmp_path)
+    with pytest.raises(ValueError, match="--dataset_file voc: .*there are coco"):
+        build_dataset("val", tmp_path, "voc")
+    with pytest.raises(ValueError, match="split 'test': there are 'train' and 'val'"):
+        build_dataset("test", tmp_path)
+
+
+def test_missing_images_are_named_at_once(dataset, data, tmp_path):
+    dataset(data)
+    (tmp_path / "val2017" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images that .*instances_val2017\.json lists are not in "
+                                                r".*val2017: a.png \(image id 3\); copy them there"):
+        dataset(data)
+
+
+def test_images_may_lie_in_folders_of_their_own(dataset, data, tmp_path):
+    (tmp_path / "val2017" / "more").mkdir()
+    (tmp_path / "val2017" / "a.png").rename(tmp_path / "val2017" / "more" / "a.png")
+    data["images"][1]["file_name"] = "more/a.png"
+    assert dataset(data)[0][0].size == (64, 48)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_with_its_id(dataset, data, tmp_path, workers):
+    path = tmp_path / "val2017" / "a.png"
+    loader = DataLoader(dataset(data, transforms=make_transforms("val")), collate_fn=collate, num_workers=workers,
+                        sampler=[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(OSError, match=r"a\.png .*cannot be read.*\(image id 3 of .*instances_val2017\.json\)"):
+        next(iter(loader))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.png is not there.*\(image id 3 of"):
+        next(iter(loader))
+
+
+def test_a_picture_of_another_size_is_refused_and_a_turned_one_is_not(dataset, data, tmp_path):
+    opened, path = dataset(data), tmp_path / "val2017" / "a.png"
+    Image.new("RGB", (48, 64)).save(path)
+    with pytest.raises(ValueError, match=r"a\.png has 48 x 64 pixels once its EXIF orientation is applied, but .*json "
+                                         r"says 64 x 48 for image id 3.*correct width"):
+        opened[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(path, exif=exif)
+    assert opened[0][0].size == (64, 48)
+
+
+def test_real_data(real_data):
+    """COCO's own annotations keep their ids in 91 slots; the cell data has boxes without width and height."""
+    mini, cells = real_data / "coco_mini", real_data / "bccd"
+    coco = build_dataset("val", mini)
+    assert coco.num_classes == 91 and len(coco) == 79 and coco.ids == sorted(coco.coco.imgs)
+    assert {category.id: category.name for category in coco.categories} == COCO_CATEGORIES
+    want = sum(not row["iscrowd"] for row in coco.coco.anns.values())
+    assert sum(len(coco.target(i)["labels"]) for i in range(len(coco))) == want == 619
+    opened = CocoDetection(cells / "val2017", cells / "annotations" / "instances_val2017.json")
+    assert opened.num_classes == 3 and [category.label for category in opened.categories] == [0, 1, 2]
+    assert len(opened.coco.anns) - sum(len(opened.target(i)["labels"]) for i in range(len(opened))) == 1
+    with pytest.raises(ValueError, match="1137 of 1137 objects have no segmentation"):
+        build_dataset("val", cells, return_masks=True)

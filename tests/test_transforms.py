@@ -1,0 +1,219 @@
+"""datasets/transforms.py: the published numbers, the published lists, and what they must not do."""
+import json
+
+import pytest
+import torch
+from cases import load_case
+from PIL import Image
+
+from datasets.coco import CocoDetection
+from datasets.transforms import (
+    CROP_RESIZES,
+    CROP_SIZES,
+    SCALES,
+    BoxesToFractions,
+    Normalize,
+    Preprocessing,
+    RandomSizeCrop,
+    ToTensor,
+    crop,
+    eval_transforms,
+    hflip,
+    make_transforms,
+    pad,
+    resize,
+    resized,
+    train_transforms,
+)
+from detr.boxes import masks_to_boxes
+
+PIXELS = 3 / 255            # what another JPEG decoder or resampling may do
+
+
+@pytest.fixture(scope="module")
+def preprocess():
+    return load_case("detr_preprocess")
+
+
+@pytest.fixture(scope="module")
+def coco_mini(real_data):
+    folder = real_data / "coco_mini"
+    return CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json", return_masks=True)
+
+
+def published_step(operation, image, target, arguments):
+    """One entry of the case's ``steps``; it gives exact sizes as (width, height), this project as (height, width)."""
+    if operation == "normalize":
+        for step in (ToTensor(), Normalize(), BoxesToFractions()):
+            image, target = step(image, target)
+        return image, target
+    if operation == "resize" and isinstance(arguments[0], list):
+        (width, height), = arguments
+        return resize(image, target, (height, width))
+    return {"hflip": hflip, "crop": crop, "resize": resize, "pad": pad}[operation](image, target, *arguments)
+
+
+def compare(case, name, image, target):
+    expected, what = case.expected, case.spec["expected"]
+    pixels = image if isinstance(image, torch.Tensor) else ToTensor()(image, {})[0]
+    tolerance = PIXELS / 0.225 if isinstance(image, torch.Tensor) else PIXELS
+    assert list(pixels.shape[1:]) == expected[f"{name}.image_size"].tolist(), name
+    sample = pixels.flatten()[::what[f"{name}.image.sample"]["sample_of"]["stride"]]
+    torch.testing.assert_close(sample, expected[f"{name}.image.sample"], atol=tolerance, rtol=0)
+    torch.testing.assert_close(pixels.mean(), expected[f"{name}.image.mean"], atol=tolerance / 10, rtol=0)
+    torch.testing.assert_close(pixels.std(correction=0), expected[f"{name}.image.std"], atol=tolerance / 10, rtol=0)
+    for key in ("boxes", "labels", "area", "iscrowd", "orig_size", "size", "image_id"):
+        assert target[key].dtype == expected[f"{name}.{key}"].dtype, (name, key)
+        torch.testing.assert_close(target[key], expected[f"{name}.{key}"], atol=1e-4, rtol=1e-6, msg=f"{name} {key}")
+    assert target["masks"].dtype == torch.bool and target["masks"].shape[1:] == pixels.shape[1:]
+    assert target["masks"].flatten(1).sum(1).tolist() == expected[f"{name}.mask_area"].tolist(), name
+    assert masks_to_boxes(target["masks"]).tolist() == expected[f"{name}.mask_boxes"].tolist(), name
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_published_numbers(preprocess, coco_mini, number):
+    index = coco_mini.files.index(preprocess.spec["files"][number][1])
+    image, target = coco_mini[index]
+    compare(preprocess, f"{number}.plain", image, target)
+    compare(preprocess, f"{number}.val", *make_transforms("val")(image, target))
+    for name, operations, arguments in preprocess.spec["steps"][number]:
+        out = image, target
+        for operation, values in zip(operations, arguments):
+            out = published_step(operation, *out, values)
+        compare(preprocess, f"{number}.{name}", *out)
+    compare(preprocess, f"{number}.plain", image, target)                               # nothing was changed in place
+
+
+@pytest.mark.parametrize("size, wanted", [
+    ((480, 640), (800, 1066)),              # floors 1066.67
+    ((640, 480), (1066, 800)),
+    ((320, 640), (666, 1332)),              # the long side's limit: 666.5 becomes the even 666, then 2 * 666
+    ((100, 1000), (133, 1330)),
+    ((800, 800), (800, 800)),
+    ((800, 1000), (800, 1000)),
+])
+def test_sizes_round_as_published(size, wanted):
+    assert resized(*size, 800, 1333) == wanted
+
+
+def picture(width, height):
+    return Image.effect_noise((width, height), 80).convert("RGB")
+
+
+def one_box(*corners, width=640, height=480):
+    return {"boxes": torch.tensor([corners], dtype=torch.float32).reshape(-1, 4), "labels": torch.ones(1).long(),
+            "area": torch.tensor([50.0]), "iscrowd": torch.zeros(1).long(), "size": torch.tensor([height, width])}
+
+
+def test_a_crop_drops_objects_it_leaves_nothing_of_and_resets_the_area():
+    target = one_box(10, 10, 60, 40)
+    _, cut = crop(picture(100, 80), target, (20, 30, 60, 70))
+    assert cut["boxes"].tolist() == [[0, 0, 30, 20]] and cut["area"].tolist() == [600.0]
+    target["masks"] = torch.ones(1, 80, 100, dtype=torch.bool)
+    _, gone = crop(picture(100, 80), target, (40, 0, 40, 100))          # touches the box's lower edge: no height left
+    assert {key: len(gone[key]) for key in ("boxes", "labels", "area", "iscrowd", "masks")} == dict.fromkeys(
+        ("boxes", "labels", "area", "iscrowd", "masks"), 0)
+    assert gone["masks"].shape == (0, 40, 100)
+
+
+def test_images_without_objects_or_without_ground_truth_pass_through_every_step():
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "area": torch.zeros(0),
+             "iscrowd": torch.zeros(0).long(), "masks": torch.zeros(0, 480, 640, dtype=torch.bool)}
+    torch.manual_seed(0)
+    for _ in range(8):
+        image, target = make_transforms("train", Preprocessing(160, 256))(picture(640, 480), empty)
+        assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, *image.shape[1:])
+    image, target = make_transforms("val", Preprocessing(160, 256))(picture(640, 480), {})
+    assert image.shape == (3, 160, 213) and target["size"].tolist() == [160, 213] and "boxes" not in target
+
+
+def test_the_published_training_list():
+    torch.manual_seed(3)
+    sizes, mirrored, cropped, n = set(), 0, 0, 150
+    transforms = train_transforms()
+    to_corners = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0.5, 0, 0.5]])
+    for _ in range(n):
+        image, target = transforms(picture(32, 24).resize((640, 480)), one_box(0, 0, 400, 480))
+        height, width = image.shape[1:]
+        assert target["size"].tolist() == [height, width] and max(height, width) <= 1333
+        short = min(height, width)
+        is_whole = (height, width) == resized(480, 640, height)
+        cropped += not is_whole
+        assert short in SCALES or max(height, width) > 1320, short
+        sizes.add(short)
+        corners = target["boxes"] @ to_corners
+        assert (corners > -1e-6).all() and (corners < 1 + 1e-6).all()
+        if is_whole:
+            mirrored += bool(target["boxes"][0, 0] > 0.5)
+    assert sizes >= set(SCALES), sorted(sizes)
+    assert 0.35 < cropped / n < 0.6 and 0.3 < mirrored / (n - cropped) < 0.7
+
+
+def test_crops_have_sides_within_their_range_and_within_the_image():
+    torch.manual_seed(0)
+    sides = []
+    for _ in range(200):
+        image, target = RandomSizeCrop(*CROP_SIZES)(picture(8, 8).resize((533, 400)), one_box(0, 0, 533, 400))
+        assert target["size"].tolist() == [image.height, image.width]
+        assert target["boxes"].tolist() == [[0, 0, image.width, image.height]]
+        sides.append(image.size)
+    widths, heights = zip(*sides)
+    assert 384 <= min(widths) <= 392 and 525 <= max(widths) <= 533
+    assert min(heights) == 384 and max(heights) == 400
+    image, _ = RandomSizeCrop(384, 600)(picture(100, 50), {})               # smaller than the smallest crop: as it is
+    assert image.size == (100, 50)
+
+
+def test_other_sizes_scale_all_lengths_in_proportion():
+    published, small = str(make_transforms("train")), str(make_transforms("train", Preprocessing(160, 267)))
+    assert str(SCALES) in published and str(CROP_RESIZES) in published and "least=384, greatest=600" in published
+    assert "(96, 102, 109, 115, 122, 128, 134, 141, 147, 154, 160)" in small and "(80, 100, 120)" in small
+    assert "least=77, greatest=120" in small and "max_size=267" in small
+    assert published == str(train_transforms())
+
+
+def test_an_exact_resolution_stretches():
+    exact = Preprocessing((256, 320), None)
+    torch.manual_seed(0)
+    for _ in range(10):
+        image, target = make_transforms("train", exact)(picture(640, 480), one_box(0, 0, 640, 480))
+        assert image.shape == (3, 256, 320)
+        torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 1, 1]]))
+    image, target = eval_transforms(exact)(picture(300, 500), one_box(30, 50, 150, 250, width=300, height=500))
+    assert image.shape == (3, 256, 320)
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.3, 0.3, 0.4, 0.4]]))
+    torch.testing.assert_close(target["area"], torch.tensor([50.0 * 320 / 300 * 256 / 500]))
+
+
+def test_flip_crop_and_scales_can_be_chosen():
+    transforms = make_transforms("train", Preprocessing(160, 256), scales=[128], flip=False, crop=False)
+    image, target = transforms(picture(64, 64), one_box(0, 0, 32, 64))
+    assert image.shape == (3, 128, 128)
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.25, 0.5, 0.5, 1]]))
+    assert "Random" not in str(transforms).replace("RandomResize(sizes=(128,), max_size=256)", "")
+    with pytest.raises(ValueError, match="split 'test'.*'train' and 'val'"):
+        make_transforms("test")
+
+
+def test_a_seed_fixes_what_is_drawn():
+    transforms = make_transforms("train", Preprocessing(160, 256))
+    image = picture(200, 160)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return [transforms(image, one_box(20, 20, 150, 150))[0] for _ in range(4)]
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(1), draw(1)))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(draw(1), draw(2)))
+
+
+def test_preprocessing_survives_a_checkpoint():
+    for preprocessing in (Preprocessing(), Preprocessing((256, 320), None, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))):
+        values = preprocessing.as_dict()
+        assert Preprocessing.from_dict(values) == preprocessing
+        assert Preprocessing.from_dict(json.loads(json.dumps(values))) == preprocessing
+    with pytest.raises(ValueError, match="needs exactly.*'sise'"):
+        Preprocessing.from_dict({"sise": 800})
+    for wrong in ({"size": 0}, {"size": (1, 2, 3)}, {"max_size": 0}, {"std": (0.1, 0.1, 0.0)}):
+        with pytest.raises(ValueError, match="preprocessing " + next(iter(wrong)).replace("std", "mean")):
+            Preprocessing(**wrong)

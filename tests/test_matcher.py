@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr.matcher import HungarianMatcher
+from detr.matcher import CLASS_COSTS, HungarianMatcher
 from detr.structures import NonFiniteError
 
 Q, C = 6, 4
@@ -61,6 +61,17 @@ def test_no_assignment_is_cheaper(weights, focal, objects, queries):
     assert len(query) == len(obj) == n and len(set(query.tolist())) == len(set(obj.tolist())) == n
     assert query.tolist() == sorted(query.tolist()) and query.dtype == obj.dtype == torch.int64
     assert sum(cost[q][o] for q, o in zip(query.tolist(), obj.tolist())) == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_class_costs(focal):
+    predicted, true = outputs(2, logits=C), targets(3, 3)
+    cost = CLASS_COSTS["focal" if focal else "softmax"](predicted["pred_logits"],
+                                                        torch.stack([target["labels"] for target in true]))
+    expected = [[[pair_cost(logits, [0, 0, 1, 1], label, [0, 0, 1, 1], (1, 0, 0), focal)
+                  for label in target["labels"].tolist()] for logits in image]
+                for image, target in zip(predicted["pred_logits"].tolist(), true)]
+    torch.testing.assert_close(cost, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
 def equal(a, b) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr import distributed
 from detr.nested_tensor import NestedTensor
@@ -98,6 +98,15 @@ def to_device(samples: NestedTensor, targets: Sequence[Target], device: torch.de
             [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets])
 
 
+def readings(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+    """Losses as numbers under the names of the published logs: ``loss``, their weighted sum; weighted under their own
+    names; as they are with ``_unscaled`` after the name, and those without a weight under their own name too."""
+    plain = dict(zip(losses, torch.stack([value.detach().float() for value in losses.values()]).tolist()))
+    weighted = {name: value * weights[name] for name, value in plain.items() if name in weights}
+    return {"loss": sum(weighted.values()), **plain, **weighted,
+            **{f"{name}_unscaled": value for name, value in plain.items()}}
+
+
 def check_finite(losses: Mapping[str, float], targets: Sequence[Target], where: str) -> None:
     """Raise a ``NonFiniteError`` that names the losses that are no numbers, the images and the step."""
     bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
@@ -132,19 +141,19 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
             raise NonFiniteError(f"{error}; at {where}, images {image_ids(targets)}") from None
         loss = criterion.weighted_sum(losses)
 
-        values = distributed.mean_over_processes({**losses, "loss": loss.detach()})
-        values = dict(zip(values, torch.stack(list(values.values())).tolist()))             # one transfer for all
+        values = readings(distributed.mean_over_processes(losses), criterion.weight_dict)
         check_finite(values, targets, where)
 
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf))
+        check_finite({"grad_norm": norm}, targets, where)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
         if after_step is not None:
             after_step()
-        progress.update({**values, "grad_norm": float(norm), "lr": lr}, len(targets))
+        progress.update({**values, "grad_norm": norm, "lr": lr}, len(targets))
     return progress.averages()
 
 
@@ -170,8 +179,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
                        for image_id, detection in zip(image_ids(targets), detections)}
         for evaluator in evaluators:
             evaluator.update(predictions)
-        progress.update({**{name: float(value) for name, value in losses.items()},
-                         "loss": float(criterion.weighted_sum(losses))}, len(targets))
+        progress.update(readings(losses, criterion.weight_dict), len(targets))
     results: dict[str, Any] = progress.averages_over_processes()
     for evaluator in evaluators:
         results |= evaluator.summarize()

@@ -25,13 +25,15 @@ from datasets.synthetic import synthetic_data
 from datasets.transforms import Preprocessing, eval_transforms, make_transforms
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.detr import DETRConfig
-from detr.backbone import IMAGENET_URLS
+from detr.architectures.proposal_detr import ProposalDETRConfig
+from detr.backbone import IMAGENET_URLS, body_of
 from detr.config import DataConfig, RunConfig, TrainConfig
-from detr.presets import PRESETS
+from detr.presets import ARCHITECTURES, PRESETS
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, train_one_epoch
 
-# Title of each group of flags in --help, and the dataclass or the fields that it shows.
+# Title of each group of flags in --help, and the dataclass or the fields that it shows. A flag that several architectures
+# have shows the default of the first; the others' are in their presets.
 GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("run", RunConfig, None),
     ("data", DataConfig, None),
@@ -43,7 +45,11 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef")),
     ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
     ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
+    ("losses of models with proposals", ProposalDETRConfig, ("cls_loss_coef", "focal_alpha")),
 ]
+
+# What a training leaves in its folder.
+OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "results.json", "eval", "tensorboard")
 
 
 class Flag(argparse.Action):
@@ -100,9 +106,11 @@ class Settings:
 def settle(args: argparse.Namespace) -> Settings:
     """Flags -> settings, in the order: the architecture's default, the preset, the checkpoint's configuration, what was
     typed. Says what it chose. Raises ValueError for what the chosen model does not have."""
-    typed = config.typed_flags(args, [DETRConfig, TrainConfig, DataConfig, RunConfig])
+    typed = config.typed_flags(args, [TrainConfig, DataConfig, RunConfig, *ARCHITECTURES])
     resumed = checkpoint.load(args.resume) if args.resume else None
     remembered = (resumed or {}).get("config", {})
+    if not isinstance(remembered, dict) or "name" not in remembered:            # of another program
+        remembered = {}
     name = args.model or remembered.get("name")
     if name is None and resumed is not None:
         name = name_by_shapes(resumed["model"], args.resume)
@@ -114,6 +122,10 @@ def settle(args: argparse.Namespace) -> Settings:
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {args.resume} holds a {remembered['name']}; leave --model out")
     parts: dict[str, Any] = {"model": preset.model, "train": preset.train, "data": preset.data, "run": RunConfig()}
+    allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
+    for flag in typed:
+        if flag not in allowed:
+            raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
     for part, base in parts.items():
         known = {field.name for field in dataclasses.fields(base)}
         old = {k: v for k, v in remembered.get(part, {}).items() if k in known}
@@ -154,7 +166,8 @@ def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
 def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
     """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
     model, data, run = settings.model, settings.data, settings.run
-    if model.masks or model.frozen_weights or data.coco_panoptic_path or data.dataset_file == "coco_panoptic":
+    about_masks = getattr(model, "masks", False) or getattr(model, "frozen_weights", None)
+    if about_masks or data.coco_panoptic_path or data.dataset_file == "coco_panoptic":
         raise ValueError("training and evaluating masks is not there yet; from Python, "
                          "build_model('detr_resnet50_panoptic') gives the model")
     if data.remove_difficult:
@@ -172,8 +185,9 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "give it a learning rate, such as that of --lr")
     if model.from_scratch and run.backbone_weights:
         raise ValueError("--from_scratch and --backbone_weights contradict each other; choose one")
-    if run.eval and run.backbone_weights:
-        raise ValueError("--backbone_weights begins a training; --eval takes its weights from --resume")
+    if (run.eval or run.resume) and run.backbone_weights:
+        raise ValueError("--backbone_weights begins a training; --eval and --resume take all weights from the "
+                         "checkpoint, so leave it out")
 
 
 def say(text: str) -> None:
@@ -217,7 +231,7 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
         except OSError as error:
             raise type(error)(f"{error}. Training {settings.name} starts from ImageNet weights of {backbone}: name a "
                               f"file with --backbone_weights FILE; or, {scratch}") from None
-        checkpoint.load_backbone(settings.model.backbone_of(model).body, weights, source)
+        checkpoint.load_backbone(body_of(model), weights, source)
     return model, criterion, postprocessors
 
 
@@ -252,18 +266,19 @@ def output_folder(settings: Settings) -> Path | None:
     if resume and not settings.run.output_dir and "config" in settings.resumed and Path(resume).is_file():
         return Path(resume).parent
     folder = Path(settings.run.output_dir or Path("outputs") / settings.name)
+    goes_on = resume and Path(resume).resolve().parent == folder.resolve()
     if not settings.run.output_dir:
         number = 2
         while folder.exists():
             folder, number = folder.with_name(f"{settings.name}-{number}"), number + 1
-    elif settings.resumed is None and not settings.run.eval and (folder / "log.txt").exists():
+    elif (folder / "log.txt").exists() and not settings.run.eval and not goes_on:
         number = 1
         while (folder / f"earlier-{number}").exists():
             number += 1
         aside = folder / f"earlier-{number}"
         if distributed.is_main():
             aside.mkdir()
-            for path in [p for p in folder.iterdir() if not p.name.startswith("earlier-")]:
+            for path in [path for pattern in OUTPUTS for path in folder.glob(pattern)]:
                 shutil.move(path, aside / path.name)
         say(f"an earlier training's files were moved to {aside}")
     distributed.barrier()
@@ -273,11 +288,10 @@ def output_folder(settings: Settings) -> Path | None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run what the flags say; returns the last evaluation's results."""
-    settings = settle(args)
-    device_name = choose_device(settings.run.device, "device" in getattr(args, "typed", ()))
-    process = distributed.init(device_name, settings.run.dist_url)
+    device_name = choose_device(args.device, "device" in getattr(args, "typed", ()))
+    process = distributed.init(device_name, args.dist_url)                 # first, so that one process alone prints
     try:
-        return run(settings, process.device)
+        return run(settle(args), process.device)
     finally:
         distributed.close()
 
@@ -375,6 +389,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
                                    after_step=ema and (lambda: ema.update_parameters(model)), progress=progress)
         last = epoch + 1 == train.epochs
         scored = ema.module if ema else model
+        share_statistics(scored)
         evaluated = last or (epoch + 1) % train.eval_every == 0
         results = judge(scored, f"evaluation {epoch}") if evaluated else {}
         if distributed.is_main():
@@ -393,6 +408,14 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
         picture_of_detections(scored, judge, preprocessing, folder, device)
     log.close()
     return results
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Rank 0's buffers for all processes: each gathered batch norm's statistics from its own images, but one model is
+    evaluated and saved."""
+    if distributed.is_distributed():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def restore(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None) -> int:

@@ -42,11 +42,11 @@ def build_model(
     exist, naming the nearest that does.
     """
     from . import checkpoint, config
-    from .backbone import IMAGENET_URLS
-    from .presets import PRESETS
+    from .backbone import IMAGENET_URLS, body_of
+    from .presets import ARCHITECTURES, PRESETS
 
     if not isinstance(model, str):
-        flags = config.typed_flags(model, [type(PRESETS["detr_resnet50"].model), config.DataConfig]) | flags
+        flags = config.typed_flags(model, [*ARCHITECTURES, config.DataConfig]) | flags
         model = getattr(model, "model", None) or "detr_resnet50"
     if model not in PRESETS:
         raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)}; "
@@ -66,5 +66,5 @@ def build_model(
             raise ValueError(f"no ImageNet weights are known for backbone {settings.backbone}; there are some for "
                              f"{', '.join(IMAGENET_URLS)}")
         url = IMAGENET_URLS[settings.backbone]
-        checkpoint.load_backbone(settings.backbone_of(built).body, checkpoint.load(url)["model"], url)
+        checkpoint.load_backbone(body_of(built), checkpoint.load(url)["model"], url)
     return built, criterion, postprocessors

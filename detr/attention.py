@@ -40,10 +40,17 @@ class MultiheadAttention(nn.Module):
             allowed = ~key_padding_mask[:, None, None, :]
         if attn_mask is not None:
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self.out_proj(self._attend(q, k, v, allowed).transpose(1, 2).flatten(2))
         return out, self._weights(q, k, allowed) if need_weights or self._forward_hooks else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type != "cpu" or q.dtype == torch.float64:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed, dropout_p=dropout)
+        return out.to(q.dtype)
 
     @staticmethod
     def _weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:

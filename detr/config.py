@@ -21,6 +21,38 @@ def flag(default: Any, help: str, choices: Iterable[Any] | None = None) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What all architectures have; each adds its own and ``build(num_classes) -> model, criterion, postprocessors``."""
+    backbone: str = flag("resnet50", "backbone by name")
+    dilation: bool = flag(False, "DC5: the backbone's last stage keeps the resolution of the one before")
+    backbone_norm: str = flag("frozen", "normalisation of the backbone: 'frozen' statistics of a pretrained one, or "
+                              "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
+    from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
+    lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it")
+    position_embedding: str = flag("sine", "positions of the feature map", ("sine", "learned"))
+    enc_layers: int = flag(6, "encoder layers")
+    dec_layers: int = flag(6, "decoder layers")
+    dim_feedforward: int = flag(2048, "width of the feed-forward blocks")
+    hidden_dim: int = flag(256, "width of the transformer")
+    dropout: float = flag(0.1, "dropout in the transformer")
+    nheads: int = flag(8, "attention heads")
+    num_queries: int = flag(100, "object queries: the most objects an image can have")
+    aux_loss: bool = flag(True, "train every decoder layer's predictions, not only the last one's")
+    set_cost_class: float = flag(1, "class weight in the matching cost")
+    set_cost_bbox: float = flag(5, "L1 box weight in the matching cost")
+    set_cost_giou: float = flag(2, "generalized IoU weight in the matching cost")
+    bbox_loss_coef: float = flag(5, "weight of the L1 box loss")
+    giou_loss_coef: float = flag(2, "weight of the generalized IoU loss")
+
+    def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
+        """A model's trainable parameters with their learning rates. As published, everything with "backbone" in its
+        name, learned positions included, has the backbone's."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [{"params": [p for name, p in trained if "backbone" not in name], "lr": lr},
+                {"params": [p for name, p in trained if "backbone" in name], "lr": self.lr_backbone}]
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained."""
     lr: float = flag(1e-4, "learning rate of everything but the backbone")
@@ -101,10 +133,15 @@ def divide(flags: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], dict[
 
 def typed_flags(args: argparse.Namespace, configs: Iterable[type]) -> dict[str, Any]:
     """What the user decided among the fields of ``configs``: flags that were typed (``args.typed``, which ``main``'s
-    parser leaves), and attributes that a program set to something else than the default."""
-    typed = getattr(args, "typed", frozenset())
-    return {field.name: getattr(args, field.name) for config in configs for field in dataclasses.fields(config)
-            if field.name in typed or getattr(args, field.name, field.default) != field.default}
+    parser leaves), and attributes that a program set to something else than the default (the first config's that has
+    it, as in the parser)."""
+    typed: frozenset[str] = getattr(args, "typed", frozenset())
+    defaults: dict[str, Any] = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            defaults.setdefault(field.name, field.default)
+    return {name: getattr(args, name) for name, default in defaults.items()
+            if name in typed or getattr(args, name, default) != default}
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -46,6 +46,23 @@ class SoftmaxLabelLoss:
                 "class_error": class_error(logits[index].detach(), labels)}
 
 
+class FocalLabelLoss:
+    """``loss_ce``: focal loss of every query and class by the number of boxes (Lin et al., 2017); ``class_error`` as
+    above."""
+
+    def __init__(self, alpha: float = 0.25) -> None:
+        self.alpha = alpha
+
+    def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
+                 num_boxes: Tensor) -> dict[str, Tensor]:
+        logits = outputs["pred_logits"]                                                         # [B, Q, C]
+        index, labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
+        classes = torch.zeros_like(logits)
+        classes[(*index, labels)] = 1
+        return {"loss_ce": sigmoid_focal_loss(logits, classes, self.alpha).sum() / num_boxes,
+                "class_error": class_error(logits[index].detach(), labels)}
+
+
 def class_error(logits: Tensor, labels: Tensor) -> Tensor:
     """Percentage of rows of ``logits [N, C]`` whose best class is not ``labels [N]``; 100 where there are none."""
     if len(labels) == 0:
@@ -101,6 +118,6 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
 def pad_masks(targets: Sequence[Target], match: Match) -> Tensor:
     """Masks of all matched objects, padded to the largest height and width among them: float ``[sum N, H, W]``."""
     height, width = (max(target["masks"].shape[d] for target in targets) for d in (1, 2))
-    padded = [{"masks": F.pad(mask.float(), (0, width - mask.shape[2], 0, height - mask.shape[1]))}
+    padded: list[Target] = [{"masks": F.pad(mask.float(), (0, width - mask.shape[2], 0, height - mask.shape[1]))}
               for mask in (target["masks"] for target in targets)]
     return matched_targets("masks", padded, match)

@@ -47,7 +47,7 @@ class MaskHeadSmallConv(nn.Module):
             setattr(self, f"adapter{i}", nn.Conv2d(channels, width, 1))
         self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .architectures.detr import DETRConfig
-from .config import DataConfig, TrainConfig
+from .architectures.proposal_detr import ProposalDETRConfig
+from .config import DataConfig, ModelConfig, TrainConfig
 
+ARCHITECTURES: tuple[type[ModelConfig], ...] = (DETRConfig, ProposalDETRConfig)
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
 
 
 @dataclass(frozen=True)
 class Preset:
     """Architecture, recipe and data pipeline; ``num_classes`` is that of the published weights at ``url``."""
-    model: DETRConfig
+    model: ModelConfig
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     num_classes: int = 91
@@ -33,9 +35,10 @@ PRESETS: dict[str, Preset] = {
                                       url=DETR_URL + "detr-r101-panoptic-40021d53.pth"),
     # Ours, for a CPU: learns from random weights.
     "tiny_detr": Preset(
-        DETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=5e-4, enc_layers=1,
-                   dec_layers=3, dim_feedforward=512, hidden_dim=128, nheads=4, dropout=0.0, num_queries=30),
-        TrainConfig(lr=5e-4, batch_size=16, epochs=16, lr_schedule="cosine", warmup_steps=200, ema_decay=0.998,
+        ProposalDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
+                           enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
+                           num_queries=30),
+        TrainConfig(lr=2e-3, batch_size=16, epochs=16, lr_schedule="cosine", warmup_steps=200, ema_decay=0.998,
                     amp="bf16", eval_every=4),
         DataConfig(image_size=160, max_size=224)),
 }

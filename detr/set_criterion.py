@@ -25,13 +25,12 @@ class SetCriterion(nn.Module):
 
     def forward(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses by name: ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, ``class_error``,
-        ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, … All in float32, whatever the
-        model ran in."""
+        ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, …, those of proposals in ``_enc``.
+        All in float32, whatever the model ran in."""
         num_boxes = self.number_of_boxes(targets, outputs["pred_logits"].device)
         values: dict[str, Tensor] = {}
         for suffix, predictions in self.supervised(outputs):
-            predictions = {name: predictions[name].float() for name in ("pred_logits", "pred_boxes", "pred_masks")
-                           if name in predictions}
+            predictions = in_float32(predictions)
             match = self.matcher(predictions, targets)
             for loss in self.losses:
                 values |= {name + suffix: value for name, value in loss(predictions, targets, match, num_boxes).items()}
@@ -39,7 +38,7 @@ class SetCriterion(nn.Module):
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """What is back-propagated: the sum of the losses that have a weight, times it."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+        return torch.stack([losses[name] * w for name, w in self.weight_dict.items() if name in losses]).sum()
 
     @staticmethod
     def supervised(outputs: Outputs) -> Iterator[tuple[str, Outputs]]:
@@ -47,6 +46,8 @@ class SetCriterion(nn.Module):
         yield "", outputs
         for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
             yield f"_{i}", auxiliary
+        if "enc_outputs" in outputs:
+            yield "_enc", outputs["enc_outputs"]
 
     def number_of_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
         """Objects of the batch, at least 1; in training as a mean over processes. In evaluation processes may have
@@ -55,3 +56,11 @@ class SetCriterion(nn.Module):
         if self.training:
             number = distributed.sum_over_processes(number) / distributed.world_size()
         return number.clamp(min=1)
+
+
+def in_float32(outputs: Outputs) -> Outputs:
+    """Logits, boxes and masks of one layer, in float32."""
+    full: Outputs = {"pred_logits": outputs["pred_logits"].float(), "pred_boxes": outputs["pred_boxes"].float()}
+    if "pred_masks" in outputs:
+        full["pred_masks"] = outputs["pred_masks"].float()
+    return full

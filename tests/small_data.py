@@ -1,5 +1,5 @@
-"""Data that a small model learns within seconds, in COCO's layout: one or two coloured rectangles, always around the same
-places, so that even the mean box finds some."""
+"""Data in COCO's layout that a small model learns within seconds: one or two coloured rectangles, always around the
+same places, so that even the mean box finds some."""
 import json
 from pathlib import Path
 

@@ -86,14 +86,15 @@ def test_decoder_layer(pre):
     torch.testing.assert_close(actual, decoder_layer(reference, x, query_position, memory, position, PADDING, pre))
 
 
-def test_decoder_self_attention_mask():
+def test_decoder_query_mask():
     ours, reference = pair(TransformerDecoderLayer(D, M, FF), nn.TransformerDecoderLayer(D, M, FF, batch_first=True))
     x, memory = randn(B, Q, D), randn(B, S, D)
-    hidden = torch.ones(Q, Q, dtype=torch.bool).triu(1)
-    actual = ours(x, torch.zeros_like(x), memory, memory, PADDING, attn_mask=hidden)
-    torch.testing.assert_close(actual, reference(x, memory, tgt_mask=hidden, memory_key_padding_mask=PADDING))
+    none = torch.zeros(B, Q, dtype=torch.bool)
+    none[:, -1] = True
+    actual = ours(x, torch.zeros_like(x), memory, memory, PADDING, query_mask=none)
+    torch.testing.assert_close(actual, reference(x, memory, tgt_key_padding_mask=none, memory_key_padding_mask=PADDING))
     x[:, -1] += 1                                               # the last query is hidden from all others
-    assert torch.equal(ours(x, torch.zeros_like(x), memory, memory, PADDING, attn_mask=hidden)[:, :-1], actual[:, :-1])
+    assert torch.equal(ours(x, torch.zeros_like(x), memory, memory, PADDING, query_mask=none)[:, :-1], actual[:, :-1])
 
 
 @pytest.mark.parametrize("pre", [False, True])

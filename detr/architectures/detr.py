@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbone import build_backbone, freeze_published
-from ..config import flag
+from ..backbone import build_backbone, channels, freeze
+from ..config import ModelConfig, flag
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
 from ..losses import SoftmaxLabelLoss, box_loss, cardinality_error, mask_loss
@@ -18,61 +18,33 @@ from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding
 from ..postprocess import PostProcess
-from ..set_criterion import SetCriterion
+from ..set_criterion import Loss, SetCriterion
 from ..structures import Outputs
 
 
 @dataclass(frozen=True)
-class DETRConfig:
-    """DETR's own flags; the defaults are the paper's ResNet-50 model."""
-    backbone: str = flag("resnet50", "backbone by name")
-    dilation: bool = flag(False, "DC5: the backbone's last stage keeps the resolution of the one before")
-    backbone_norm: str = flag("frozen", "normalisation of the backbone: 'frozen' statistics of a pretrained one, or "
-                              "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
-    from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
-    lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it")
-    position_embedding: str = flag("sine", "positions of the feature map", ("sine", "learned"))
-    enc_layers: int = flag(6, "encoder layers")
-    dec_layers: int = flag(6, "decoder layers")
-    dim_feedforward: int = flag(2048, "width of the feed-forward blocks")
-    hidden_dim: int = flag(256, "width of the transformer")
-    dropout: float = flag(0.1, "dropout in the transformer")
-    nheads: int = flag(8, "attention heads")
-    num_queries: int = flag(100, "object queries: the most objects an image can have")
+class DETRConfig(ModelConfig):
+    """DETR's flags; the defaults are the paper's ResNet-50 model."""
     pre_norm: bool = flag(False, "normalise before each transformer block instead of after it")
     masks: bool = flag(False, "train the mask head for segmentation")
     frozen_weights: str | None = flag(None, "checkpoint of a box model to freeze while its mask head is trained")
-    aux_loss: bool = flag(True, "train every decoder layer's predictions, not only the last one's")
-    set_cost_class: float = flag(1, "class weight in the matching cost")
-    set_cost_bbox: float = flag(5, "L1 box weight in the matching cost")
-    set_cost_giou: float = flag(2, "generalized IoU weight in the matching cost")
     mask_loss_coef: float = flag(1, "weight of the masks' focal loss")
     dice_loss_coef: float = flag(1, "weight of the masks' dice loss")
-    bbox_loss_coef: float = flag(5, "weight of the L1 box loss")
-    giou_loss_coef: float = flag(2, "weight of the generalized IoU loss")
     eos_coef: float = flag(0.1, "weight of the 'no object' class in the class loss")
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
         backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, all_levels=self.masks)
-        if self.lr_backbone <= 0 or not self.from_scratch:
-            freeze_published(backbone, train=self.lr_backbone > 0)
+        freeze(backbone, self.from_scratch, self.lr_backbone)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         transformer = Transformer(self.hidden_dim, self.nheads, self.enc_layers, self.dec_layers, self.dim_feedforward,
                                   self.dropout, self.pre_norm)
-        model: nn.Module = DETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
-                                self.aux_loss)
-        if self.masks:
-            model = DETRsegm(model, freeze_detr=self.frozen_weights is not None)
+        detr = DETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries, self.aux_loss)
+        model = DETRsegm(detr, freeze_detr=self.frozen_weights is not None) if self.masks else detr
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou)
-        losses = [SoftmaxLabelLoss(num_classes, self.eos_coef), box_loss, cardinality_error]
+        losses: list[Loss] = [SoftmaxLabelLoss(num_classes, self.eos_coef), box_loss, cardinality_error]
         criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights())
         return model, criterion, {"bbox": PostProcess()}
-
-    @staticmethod
-    def backbone_of(model: nn.Module) -> nn.Module:
-        """The backbone inside a model that ``build`` made."""
-        return getattr(model, "detr", model).backbone[0]
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer."""
@@ -81,13 +53,6 @@ class DETRConfig:
             weights |= {"loss_mask": self.mask_loss_coef, "loss_dice": self.dice_loss_coef}
         layers = range(self.dec_layers - 1) if self.aux_loss else ()
         return weights | {f"{name}_{i}": weight for i in layers for name, weight in weights.items()}
-
-    def parameter_groups(self, model: nn.Module, lr: float) -> list[dict]:
-        """Trainable parameters with their learning rates. As published, everything with "backbone" in its name, learned
-        positions included, has the backbone's."""
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return [{"params": [p for name, p in trained if "backbone" not in name], "lr": lr},
-                {"params": [p for name, p in trained if "backbone" in name], "lr": self.lr_backbone}]
 
 
 class Transformer(nn.Module):
@@ -143,7 +108,7 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(d_model, num_classes + 1)
         self.bbox_embed = MLP(d_model, d_model, 4, 3)
         self.query_embed = nn.Embedding(num_queries, d_model)
-        self.input_proj = nn.Conv2d(backbone[0].channels[-1], d_model, kernel_size=1)
+        self.input_proj = nn.Conv2d(channels(backbone)[-1], d_model, kernel_size=1)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.aux_loss = aux_loss
 
@@ -184,7 +149,7 @@ class DETRsegm(nn.Module):
             detr.requires_grad_(False)
         d_model, nheads = detr.transformer.d_model, detr.transformer.nhead
         self.bbox_attention = MHAttentionMap(d_model, nheads)
-        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, detr.backbone[0].channels[-2::-1])
+        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, channels(detr.backbone)[-2::-1])
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """DETR's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits."""

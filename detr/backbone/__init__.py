@@ -7,9 +7,11 @@ line of ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..nested_tensor import NestedTensor
 from . import resnet
@@ -27,11 +29,11 @@ IMAGENET_URLS = {
 class Backbone(nn.Module):
     """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, finest first."""
 
-    def __init__(self, body: nn.Module, levels: list[int]) -> None:
+    def __init__(self, body: Any, levels: list[int]) -> None:
         super().__init__()
         self.body, self.levels = body, levels
-        self.channels = [body.channels[i] for i in levels]
-        self.strides = [body.strides[i] for i in levels]
+        self.channels: list[int] = [body.channels[i] for i in levels]
+        self.strides: list[int] = [body.strides[i] for i in levels]
 
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
         maps = self.body(images.tensors)
@@ -39,7 +41,7 @@ class Backbone(nn.Module):
                 for n, i in enumerate(self.levels)}
 
 
-def resize_mask(images: NestedTensor, size: tuple[int, int]):
+def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:
     """The padding mask at the size of a feature map, by nearest neighbour (rounded down), as published."""
     return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()
 
@@ -53,13 +55,24 @@ def build_backbone(name: str, norm: str, dilation: bool, all_levels: bool = Fals
         raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}")
     if norm not in resnet.NORMS:
         raise ValueError(f"backbone_norm {norm!r} is not known; use one of {', '.join(resnet.NORMS)}")
-    body = FAMILIES[name](name, norm, dilation)
-    last = len(body.channels) - 1
-    return Backbone(body, list(range(last + 1)) if all_levels else [last])
+    body: Any = FAMILIES[name](name, norm, dilation)
+    levels = range(len(body.channels))
+    return Backbone(body, list(levels) if all_levels else [levels[-1]])
 
 
-def freeze_published(backbone: Backbone, train: bool) -> None:
-    """What DETR leaves fixed of a pretrained backbone: its stem and first stage, and all of it without ``train``."""
+def channels(backbone: nn.Sequential) -> list[int]:
+    """Channels of the maps that ``nn.Sequential(backbone, position encoding)`` gives, finest first."""
+    return backbone[0].channels                                                             # type: ignore[return-value]
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The backbone's body inside a detector, a mask model or not."""
+    return getattr(model, "detr", model).backbone[0].body
+
+
+def freeze(backbone: Backbone, from_scratch: bool, lr_backbone: float) -> None:
+    """Fix what DETR leaves fixed of a pretrained backbone: its stem and first stage, or all of it where its learning rate
+    is 0. A backbone that is trained ``from_scratch`` trains whole."""
     for name, parameter in backbone.body.named_parameters():
-        if not train or name.startswith(("conv1.", "bn1.", "layer1.")):
+        if lr_backbone <= 0 or not from_scratch and name.startswith(("conv1.", "bn1.", "layer1.")):
             parameter.requires_grad_(False)

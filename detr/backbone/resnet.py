@@ -5,6 +5,7 @@ Sizes: 18 and 34 from basic blocks, 50 and 101 from bottlenecks whose stride sit
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +35,22 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
+Norm = Callable[[int], nn.Module]
+
+
 def group_norm(num_features: int) -> nn.GroupNorm:
     """Group normalisation (Wu and He, 2018) in 32 groups, or groups of 8 channels where that makes fewer."""
     return nn.GroupNorm(min(32, num_features // 8), num_features)
 
 
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": group_norm}
+NORMS: dict[str, Norm] = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": group_norm}
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut."""
     expansion = 1
 
-    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: type[nn.Module]) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = norm(planes)
@@ -63,7 +67,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride), 1x1 to four times the width, around a shortcut."""
     expansion = 4
 
-    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: type[nn.Module]) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = norm(planes)
@@ -79,7 +83,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
-def shortcut(inplanes: int, planes: int, stride: int, norm: type[nn.Module]) -> nn.Module:
+def shortcut(inplanes: int, planes: int, stride: int, norm: Norm) -> nn.Module:
     """The identity, or a 1x1 convolution where size or width changes."""
     if stride == 1 and inplanes == planes:
         return nn.Identity()
@@ -99,7 +103,7 @@ SIZES = {
     "resnet34": Size(BasicBlock, (3, 4, 6, 3)),
     "resnet50": Size(Bottleneck, (3, 4, 6, 3)),
     "resnet101": Size(Bottleneck, (3, 4, 23, 3)),
-    "resnet_tiny": Size(BasicBlock, (1, 1, 2), width=32),
+    "resnet_tiny": Size(BasicBlock, (1, 1, 2), width=24),
 }
 
 

@@ -1,0 +1,100 @@
+"""Training and evaluation on two processes that ``torchrun`` starts, over Gloo on the CPU."""
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import make_rectangles
+
+import main
+
+MAIN = Path(main.__file__)
+SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
+         "--num_queries 10 --image_size 64 --num_workers 0 --device cpu --amp off --print_every 1000 ").split()
+# main.py, which writes down what each process holds in the end.
+WATCHED = """
+import torch
+import main
+from detr import distributed
+
+fit = main.fit
+
+def watched(settings, training, model, *rest):
+    results = fit(settings, training, model, *rest)
+    torch.save(model.state_dict(), f"{settings.run.output_dir}/rank{distributed.rank()}.pth")
+    return results
+
+main.fit = watched
+main.main(main.get_args_parser().parse_args())
+"""
+
+
+def torchrun(program: Path, *flags: str | Path, processes: int = 2) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(program),
+         *map(str, flags)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def alone(*flags: str | Path) -> dict:
+    with redirect_stdout(io.StringIO()):
+        return main.main(main.get_args_parser().parse_args(list(map(str, flags))))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data of an odd number of validation images, and a training on two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    make_rectangles(folder / "data")
+    (folder / "watched.py").write_text(WATCHED)
+    done = torchrun(folder / "watched.py", *SMALL, "--coco_path", folder / "data", "--output_dir", folder / "out",
+                    "--batch_size", 2, "--epochs", 10, "--eval_every", 10, "--lr", 1e-3, "--lr_backbone", 1e-3,
+                    "--warmup_steps", 0, "--ema_decay", 0)
+    (folder / "stdout.txt").write_text(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_training_is_told_and_logged_once(folder):
+    text = (folder / "stdout.txt").read_text()
+    for words in ("images per process x processes x accumulation = 2 x 2 x 1 = 4", "epochs 0 to 9 of 4 steps",
+                  "16 images (3 without objects, kept)", "epoch 9 4/4", "Average Precision  (AP) @[ IoU=0.50:0.95 | "
+                  "area=   all", "trained for"):
+        assert text.count(words) == 1, words
+    rows = [json.loads(line) for line in (folder / "out" / "log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(10))
+    assert all(math.isfinite(row["train_loss"]) and math.isfinite(row["train_grad_norm"]) for row in rows)
+    assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"]
+
+
+def test_both_processes_have_the_same_weights(folder):
+    first, second = (torch.load(folder / "out" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    written = torch.load(folder / "out" / "checkpoint.pth", weights_only=True)["model"]
+    assert first.keys() == second.keys() == written.keys()
+    for name, value in written.items():
+        assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+
+
+def test_evaluation_gives_the_numbers_of_one_process(folder):
+    """Image by image, so that not even rounding differs."""
+    flags = ["--eval", "--resume", folder / "out" / "checkpoint.pth", "--num_workers", 0, "--device", "cpu",
+             "--batch_size", 1]
+    done = torchrun(MAIN, *flags, "--output_dir", folder / "together")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = alone(*flags, "--output_dir", folder / "alone")
+    results = [(folder / name / "results.json").read_text() for name in ("together", "alone")]
+    assert results[0] == results[1]
+    assert len({row["image_id"] for row in json.loads(results[0])}) == 7
+    assert len(json.loads(results[0])) == 7 * 10                                # no image twice
+    curves = [torch.load(folder / name / "eval" / "latest.pth", weights_only=False) for name in ("together", "alone")]
+    assert (curves[0]["precision"] == curves[1]["precision"]).all()
+    assert done.stdout.count("changed since") == done.stdout.count("--batch_size 1 (was 2)") == 1
+    trained = json.loads((folder / "out" / "log.txt").read_text().splitlines()[-1])["test_coco_eval_bbox"]
+    assert one["coco_eval_bbox"] == pytest.approx(trained, abs=1e-6) and trained[1] > 0.02

@@ -12,13 +12,14 @@ elementwise ``+ - * /`` and square roots, which IEEE 754 rounds alike everywhere
 
 In 50 images, 5 have no objects and one has a crowd; where there are objects, there are 1 to 10 of them, besides the
 crowd. Small, medium and large objects have a box side ``sqrt(w * h)`` below a tenth, a quarter, and above it, of the
-image's ``sqrt(width * height)``; no box has a side below 9 pixels. Later objects hide earlier ones, of which more than
+image's ``sqrt(width * height)``; no box has a side below 11 pixels. Later objects hide earlier ones, of which more than
 half stays visible; one in twelve reaches over the border. All annotations speak of the visible pixels: ``area`` is
 their number and ``bbox`` their tight box. Whole shapes have their outline as polygon; hidden, cut or pierced ones have
 compressed RLE; crowds have uncompressed RLE as in COCO.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -34,14 +35,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 VERSION = 1
-CHECKSUM = ""
+CHECKSUM = "dc1b56f79927d997277927cbdffc13c94bf981869ebecf94628e96e1a8abba7c"
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "synthetic"
 MARKER = "synthetic.json"
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)              # with gaps, so that whoever takes an id for a label is found out
 FIRST_ID = {"train": 100_001, "val": 200_001}   # image ids and file names
-SMALLEST = 9                                    # pixels, of a box side
+SMALLEST = 11                                   # pixels, of a box side
 
 SIN = np.array([round(math.sin(math.radians(d)), 6) for d in range(360)])
 COS = np.array([round(math.cos(math.radians(d)), 6) for d in range(360)])
@@ -431,15 +432,45 @@ def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: in
             (making / "annotations" / f"instances_{split}2017.json").write_bytes(content)
         marker = {"version": VERSION, "seed": seed, "train": train, "val": val, "checksum": digest.hexdigest()}
         (making / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
-        os.rename(making, folder)
+        try:
+            os.rename(making, folder)
+        except OSError:                                                         # another process was faster
+            if not (folder / MARKER).is_file():
+                raise
         print(f", {time.monotonic() - start:.0f} s", flush=True)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
 def synthetic_data(folder: str | Path | None = None) -> Path:
-    """The folder of the data set, made first where it is absent."""
+    """The folder of the data set, made first where it is absent.
+
+    What is there is taken only if it is whole and of this version: anything else is set aside, said, and made anew.
+    Several processes may call this at once; the first to finish provides the folder for all.
+    """
     folder = FOLDER if folder is None else Path(folder)
-    if not (folder / MARKER).is_file():
-        make_synthetic(folder)
+    if folder.exists():
+        wrong = defect(folder)
+        if wrong is None:
+            return folder
+        aside = folder.with_name(f"{folder.name}-set-aside-{uuid.uuid4().hex[:6]}")
+        with contextlib.suppress(FileNotFoundError):                            # another process was faster
+            folder.rename(aside)
+            print(f"synthetic data in {folder}: {wrong}; moved to {aside.name}, to be made anew", flush=True)
+    make_synthetic(folder)
     return folder
+
+
+def defect(folder: Path) -> str | None:
+    """What keeps ``folder`` from being the data set, or None. Files are counted, not read."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return f"no readable {MARKER}"
+    if marker.get("version") != VERSION or marker.get("checksum") != CHECKSUM:
+        return "of another version"
+    for split in ("train", "val"):
+        found = sum(1 for _ in (folder / f"{split}2017").glob("*.png"))
+        if found != marker[split] or not (folder / "annotations" / f"instances_{split}2017.json").is_file():
+            return f"{found} of {marker[split]} images of {split}2017, or its annotations missing"
+    return None

@@ -3,6 +3,8 @@
 Two formats, and names say which: ``boxes`` are ``cxcywh`` (centre, width, height), usually as fractions of
 the image in 0..1; ``boxes_xyxy`` are corners (left, top, right, bottom).
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,13 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         sides.append((torch.where(hit, index, 1e8).amin(1), torch.where(hit, index, 0.0).amax(1)))
     (x0, x1), (y0, y1) = sides
     return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def refine(reference: Tensor, delta: Tensor) -> Tensor:
+    """Boxes ``[..., 4]`` (cxcywh) that differ from ``reference`` by ``delta``, relative to its size: the centre moves by so
+    many widths and heights, and these grow by the exponential (Girshick et al., 2014, appendix C). At most 50-fold."""
+    centre, size = reference[..., :2], reference[..., 2:]
+    return torch.cat([centre + delta[..., :2] * size, size * delta[..., 2:].clamp(max=math.log(50)).exp()], dim=-1)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -29,8 +29,8 @@ Rectangle = tuple[int, int, int, int]               # left, top, right, bottom i
 # Detections on an image.
 
 def class_colour(label: int) -> Colour:
-    """RGB of a class, the same everywhere. Steps of the golden ratio around the colour wheel keep near labels far apart;
-    every eight labels the shade changes too."""
+    """RGB of a class, the same in every picture. Steps of the golden ratio around the colour wheel keep near labels far
+    apart; every eight labels the shade changes too."""
     saturation, value = ((0.8, 1.0), (0.5, 0.95), (0.95, 0.75))[label // 8 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * 0.6180340) % 1, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -57,12 +57,13 @@ def class_name(label: int, names: Mapping[int, str] | Sequence[str]) -> str:
 
 
 def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, names: Mapping[int, str] | Sequence[str],
-                    scores: Tensor | None = None, min_side: int = 0) -> Image.Image:
+                    scores: Tensor | None = None, min_side: int = 256) -> Image.Image:
     """A copy of ``image`` (RGB) with a box in its class's colour and a caption for each object, such as "ring 0.87".
 
-    ``boxes_xyxy [n, 4]`` are corners in pixels of ``image`` and may reach over its edges; ``labels [n]``; ``names`` gives
-    names for labels; ``scores [n]`` where there are some. Where the short side has less than ``min_side`` pixels, the
-    picture is first enlarged, by the least whole number that reaches it, so that captions can be read; 0 keeps the size.
+    ``boxes_xyxy [n, 4]`` are corners in pixels of ``image``, may reach over its edges, and are left out where nothing of
+    them is within it; ``labels [n]``; ``names`` gives names for labels; ``scores [n]`` where there are some. Where the
+    short side has less than ``min_side`` pixels, the picture is first enlarged, by the least whole number that reaches
+    it, so that captions can be read; 0 keeps the size.
     """
     if boxes_xyxy.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
         raise ValueError(f"boxes_xyxy {list(boxes_xyxy.shape)}, labels {list(labels.shape)}, scores "
@@ -71,7 +72,7 @@ def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, name
     width, height = (side * factor for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else image.copy()
     draw = ImageDraw.Draw(image)
-    line = min(max(1, round(min(width, height) / 220)), 8)
+    line = min(max(1, round(min(width, height) / 160)), 8)
     letters = font(min(max(10, round(min(width, height) / 32)), 40))
 
     scored = scores.tolist() if scores is not None else [None] * len(labels)
@@ -87,7 +88,8 @@ def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, name
 
     captions: list[Rectangle] = []
     for box, (_, label, score) in reversed(list(zip(boxes, objects))):                  # the surest choose their place
-        text = shorten(class_name(label, names), "" if score is None else f" {score:.2f}", letters, width - 2 * line - 2)
+        ending = "" if score is None else f" {score:.2f}"
+        text = shorten(class_name(label, names), ending, letters, width - 2 * line - 2)
         size = math.ceil(letters.getlength(text)) + 2 * line + 2, sum(letters.getmetrics()) + 1
         place = place_caption(size, box, (width, height), captions, boxes)
         captions.append(place)
@@ -118,19 +120,26 @@ def overlap(a: Rectangle, b: Rectangle) -> int:
 
 def place_caption(size: tuple[int, int], box: Rectangle, image_size: tuple[int, int], captions: Iterable[Rectangle],
                   boxes: Iterable[Rectangle]) -> Rectangle:
-    """Where a caption of ``size`` (width, height) stands: at a corner of its ``box``, within the image, where it hides
-    the least of the other captions and then of the objects."""
+    """Where a caption of ``size`` (width, height) stands: within the image, at that corner of its ``box`` where little
+    of the other captions and of the objects is hidden; if possible above it on the left, where people look first."""
     width, height = size
     left, top, right, bottom = box
     best, least = box, math.inf
-    for y in (top - height, bottom, top, bottom - height):
-        for x in (left, right - width):
+    for y, unusual in ((top - height, 0.0), (top, 0.1), (bottom, 0.15), (bottom - height, 0.25)):
+        for x, as_unusual in ((left, 0.0), (right - width, 0.05)):
             x0, y0 = max(0, min(x, image_size[0] - width)), max(0, min(y, image_size[1] - height))
             place = (x0, y0, x0 + width, y0 + height)
-            hidden = 10 * sum(overlap(place, other) for other in captions) + sum(overlap(place, b) for b in boxes)
-            if hidden < least:
-                best, least = place, hidden
+            cost = unusual + as_unusual + 5 * sum(hidden(caption, place) for caption in captions) \
+                + sum(hidden(other, place) for other in boxes)
+            if cost < least:
+                best, least = place, cost
     return best
+
+
+def hidden(rectangle: Rectangle, by: Rectangle) -> float:
+    """How much of ``rectangle`` lies under ``by``: 0..1."""
+    left, top, right, bottom = rectangle
+    return overlap(rectangle, by) / ((right - left) * (bottom - top))
 
 
 def side_by_side(rows: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[str, str],
@@ -138,8 +147,8 @@ def side_by_side(rows: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[
     """A sheet of pairs of pictures, ``pairs_across`` of them in a line, below their two ``titles``; ``captions``, one a
     pair, stand under the pictures. Pictures keep their size and may have different ones."""
     if not rows or len(captions) not in (0, len(rows)):
-        raise ValueError(f"{len(rows)} pairs of pictures and {len(captions)} captions: at least one pair is needed, and "
-                         f"a caption for each or for none")
+        raise ValueError(f"{len(rows)} pairs of pictures and {len(captions)} captions: at least one pair is needed, "
+                         f"and a caption for each or for none")
     across = min(pairs_across, len(rows))
     cell = max(picture.width for pair in rows for picture in pair)
     bold, small = font(min(max(13, cell // 20), 30), bold=True), font(min(max(11, cell // 30), 22))
@@ -210,17 +219,18 @@ def draw_curves(log_file: str | Path, out: str | Path) -> None:
     first, last = rows[0]["epoch"], rows[-1]["epoch"]
     for axes in (losses, parts, precision):
         axes.set_xlabel("epoch", color=BLACK)
-        axes.set_xlim(*((first, last) if last > first else (first - 1, first + 1)))
-        axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        room = 0.02 * (last - first) or 1
+        axes.set_xlim(first - room, last + room)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(which="both", length=0, labelcolor="#555555")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#bbbbbb")
         if not axes.lines:
-            axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=13)
             axes.set_yticks([])
+            axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY,
+                      fontsize=13)
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -245,7 +255,8 @@ def series(rows: Sequence[Mapping[str, Any]], key: str, position: int | None = N
 def plot(axes: Axes, points: tuple[list[int], list[float]], **style: Any) -> None:
     """A line, with its points marked where they are few."""
     if points[0]:
-        axes.plot(*points, marker="o" if len(points[0]) <= 25 else None, markersize=3.5, solid_capstyle="round", **style)
+        marker = "o" if len(points[0]) <= 25 else None
+        axes.plot(*points, marker=marker, markersize=3.5, solid_capstyle="round", **style)
 
 
 def heading(axes: Axes, title: str, detail: str) -> None:
@@ -257,7 +268,8 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     training, test = series(rows, "train_loss"), series(rows, "test_loss")
     plot(axes, training, color=BLUE, linewidth=2, label="training")
     plot(axes, test, color=ORANGE, linewidth=2, linestyle="--", label="validation")
-    now = [f"{name} {points[1][-1]:.4g}" for name, points in (("training", training), ("validation", test)) if points[1]]
+    both = (("training", training), ("validation", test))
+    now = [f"{name} {values[-1]:.4g}" for name, (_, values) in both if values]
     heading(axes, "Total loss", "last: " + ", ".join(now) if now else "no losses in the log")
     axes.set_ylabel("weighted sum over all layers", color=BLACK)
     if axes.lines:
@@ -272,14 +284,15 @@ def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         plot(axes, test, color=colour, linewidth=1.8, linestyle="--")
         if training[0] or test[0]:
             handles.append(Line2D([], [], color=colour, linewidth=3, label=name))
-    heading(axes, "Parts of the loss", "last decoder layer, not weighted; solid: training, dashed: validation")
+    heading(axes, "Parts of the loss", "last layer, not weighted; solid: training, dashed: validation")
     axes.set_ylabel("loss", color=BLACK)
     values = [value for line in axes.lines for value in line.get_ydata()]
     if values and min(values) > 0:                          # the parts differ by an order of magnitude
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(LogLocator(10, subs=()))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(min(values) / 1.2, max(values) * 1.6)                             # room for the legend
     if handles:
         axes.legend(handles=handles, loc="upper right", frameon=False, ncols=3, columnspacing=1.2, handlelength=1.2)
 

@@ -34,7 +34,7 @@ class DETRConfig(ModelConfig):
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
-        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, all_levels=self.masks)
+        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, (0, 1, 2, 3) if self.masks else (-1,))
         freeze(backbone, self.from_scratch, self.lr_backbone)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         transformer = Transformer(self.hidden_dim, self.nheads, self.enc_layers, self.dec_layers, self.dim_feedforward,
@@ -108,7 +108,7 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(d_model, num_classes + 1)
         self.bbox_embed = MLP(d_model, d_model, 4, 3)
         self.query_embed = nn.Embedding(num_queries, d_model)
-        self.input_proj = nn.Conv2d(channels(backbone)[-1], d_model, kernel_size=1)
+        self.input_proj = nn.Conv2d(channels(backbone[0])[-1], d_model, kernel_size=1)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.aux_loss = aux_loss
 
@@ -149,7 +149,7 @@ class DETRsegm(nn.Module):
             detr.requires_grad_(False)
         d_model, nheads = detr.transformer.d_model, detr.transformer.nhead
         self.bbox_attention = MHAttentionMap(d_model, nheads)
-        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, channels(detr.backbone)[-2::-1])
+        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, channels(detr.backbone[0])[-2::-1])
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """DETR's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits."""

@@ -1,9 +1,12 @@
 """DETR whose queries begin at proposals of the encoder: our own, for training from random weights in minutes.
 
 DETR's queries are learned once for all images, and its boxes are absolute; it takes hundreds of epochs until they find
-objects. Here every token of the encoder proposes a box around itself, the best proposals become the queries, and each
-decoder layer refines their boxes (two-stage Deformable DETR and its box refinement, Zhu et al., 2021, section 4.2, with
-DETR's dense attention). Classes are scored one by one with the focal loss (Lin et al., 2017), without "no object".
+objects. Here every place of a map proposes a box around itself, the best proposals become the queries, and each decoder
+layer refines their boxes: two-stage Deformable DETR with box refinement (Zhu et al., 2021, section 4.2), but with DETR's
+dense attention. Proposals are made on the backbone's next finer map, joined by the encoder's memory from above (Lin et
+al., 2017, feature pyramids), since small objects need its resolution and attention could not afford it. Boxes change
+relative to their own size (Girshick et al., 2014, appendix C), and classes are scored one by one with the focal loss
+(Lin et al., 2017), without "no object".
 """
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import build_backbone, channels, freeze
-from ..boxes import inverse_sigmoid
+from ..boxes import refine
 from ..config import ModelConfig, flag
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
@@ -37,11 +41,12 @@ class ProposalDETRConfig(ModelConfig):
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
-        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation)
+        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, levels=(-1, -2))
         freeze(backbone, self.from_scratch, self.lr_backbone)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout)
-        transformer = ProposalTransformer(layer, self.enc_layers, self.dec_layers, num_classes, self.num_queries)
+        transformer = ProposalTransformer(layer, self.enc_layers, self.dec_layers, num_classes, self.num_queries,
+                                          fine_channels=channels(backbone)[1])
         model = ProposalDETR(nn.Sequential(backbone, position), transformer, self.aux_loss)
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou, "focal")
         criterion = SetCriterion(matcher, [FocalLabelLoss(self.focal_alpha), box_loss], self.weights())
@@ -55,7 +60,7 @@ class ProposalDETRConfig(ModelConfig):
 
 
 class Heads(nn.Module):
-    """Class logits ``[..., C]`` and a change of box ``[..., 4]`` (in logits) of tokens or queries ``[..., D]``.
+    """Class logits ``[..., C]`` and changes of boxes ``[..., 4]`` of proposals or queries ``[..., D]``.
 
     At first every class is as good as absent, with probability 0.01 (Lin et al., 2017, section 4.1), and boxes stay as
     they are.
@@ -70,44 +75,45 @@ class Heads(nn.Module):
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)                                        # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.class_embed(x), self.bbox_embed(x).float()
+        return self.class_embed(x).float(), self.bbox_embed(x).float()
 
 
 class Proposals(nn.Module):
-    """Every token proposes a box around its centre; the most promising ones become queries."""
+    """Every place of the fine map proposes a box around its centre; the most promising ones become queries."""
 
     SIDE = 0.15                 # of a proposal before the head changes it: fraction of the image
-    INVALID = -1e4              # class logits of padding, never chosen while there are other tokens
+    INVALID = -1e4              # class logits of padding, never chosen while there is anything else
 
-    def __init__(self, d_model: int, num_classes: int, num_queries: int) -> None:
+    def __init__(self, d_model: int, fine_channels: int, num_classes: int, num_queries: int) -> None:
         super().__init__()
         self.num_queries = num_queries
+        self.lateral = nn.Conv2d(fine_channels, d_model, kernel_size=1)
+        self.norm = nn.LayerNorm(d_model)
         self.content = nn.Sequential(nn.Linear(d_model, d_model), nn.LayerNorm(d_model))
         self.heads = Heads(d_model, num_classes)
 
     def anchors(self, mask: Tensor) -> Tensor:
-        """``mask [B, H, W]``, True on padding -> box logits ``[B, H * W, 4]``: tokens' centres as fractions of the valid
-        part of the map."""
+        """``mask [B, H, W]``, True on padding -> boxes ``[B, H * W, 4]``: centres as fractions of the valid part."""
         valid = (~mask).float()
         y, x = ((valid.cumsum(d) - 0.5) / valid.sum(d, keepdim=True).clamp(min=1) for d in (1, 2))
         side = torch.full_like(x, self.SIDE)
-        return inverse_sigmoid(torch.stack([x, y, side, side], dim=-1), eps=1e-3).flatten(1, 2)
+        return torch.stack([x, y, side, side], dim=-1).flatten(1, 2)
 
-    def forward(self, memory: Tensor, mask: Tensor) -> tuple[Outputs, Tensor, Tensor, Tensor]:
-        """``memory [B, S, D]``, ``mask [B, H, W]`` -> all proposals; and of the best ``num_queries`` (all of them, where
-        there are fewer tokens) content ``[B, Q, D]``, reference boxes (logits) ``[B, Q, 4]``, and which of them are
-        padding ``[B, Q]``."""
-        padding = mask.flatten(1)
-        content = self.content(memory)
+    def forward(self, memory: Tensor, fine: NestedTensor) -> tuple[Outputs, Tensor, Tensor, Tensor]:
+        """``memory [B, D, H, W]`` and the finer map -> all proposals; and of the best ``num_queries`` (of all, where there
+        are fewer) content ``[B, Q, D]``, boxes ``[B, Q, 4]``, and which of them are padding ``[B, Q]``."""
+        joined = F.interpolate(memory, size=fine.tensors.shape[-2:], mode="nearest") + self.lateral(fine.tensors)
+        content = self.content(self.norm(joined.flatten(2).mT))                                 # [B, S, D]
+        padding = fine.mask.flatten(1)
         logits, delta = self.heads(content)
-        logits = logits.float().masked_fill(padding[..., None], self.INVALID)
-        boxes = self.anchors(mask) + delta
+        logits = logits.masked_fill(padding[..., None], self.INVALID)
+        boxes = refine(self.anchors(fine.mask), delta)
         best = logits.amax(-1).topk(min(self.num_queries, logits.shape[1])).indices             # [B, Q]
 
         def chosen(x: Tensor) -> Tensor:
             return x.gather(1, best[..., None].expand(-1, -1, x.shape[-1]))
 
-        proposals: Outputs = {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}
+        proposals: Outputs = {"pred_logits": logits, "pred_boxes": boxes}
         return proposals, chosen(content), chosen(boxes).detach(), padding.gather(1, best)
 
 
@@ -124,14 +130,16 @@ class ProposalDecoder(nn.Module):
 
     def forward(self, content: Tensor, reference: Tensor, query_mask: Tensor, memory: Tensor, memory_key: Tensor,
                 mask: Tensor) -> list[Outputs]:
+        """Queries' content ``[B, Q, D]``, boxes ``[B, Q, 4]`` and which of them are none ``[B, Q]``; tokens ``[B, S, D]``,
+        with positions added as keys, and their padding -> what each layer says."""
         layers: list[Outputs] = []
         for layer in self.layers:
-            position = self.position(encode_boxes(reference.sigmoid(), content.shape[-1] // 2).to(content.dtype))
+            position = self.position(encode_boxes(reference, content.shape[-1] // 2).to(content.dtype))
             content = layer(content, position, memory, memory_key, mask, query_mask)
             logits, delta = self.heads(self.norm(content))
-            boxes = reference + delta
-            logits = logits.float().masked_fill(query_mask[..., None], Proposals.INVALID)
-            layers.append({"pred_logits": logits, "pred_boxes": boxes.sigmoid()})
+            boxes = refine(reference, delta)
+            layers.append({"pred_logits": logits.masked_fill(query_mask[..., None], Proposals.INVALID),
+                           "pred_boxes": boxes})
             reference = boxes.detach()
         return layers
 
@@ -140,42 +148,42 @@ class ProposalTransformer(nn.Module):
     """Encoder, proposals, decoder."""
 
     def __init__(self, layer: tuple[int, int, int, float], enc_layers: int, dec_layers: int, num_classes: int,
-                 num_queries: int) -> None:
+                 num_queries: int, fine_channels: int) -> None:
         super().__init__()
         self.d_model = layer[0]
         self.encoder = TransformerEncoder(enc_layers, *layer)
+        self.proposals = Proposals(self.d_model, fine_channels, num_classes, num_queries)
         self.decoder = ProposalDecoder(layer, dec_layers, num_classes)
-        self.proposals = Proposals(self.d_model, num_classes, num_queries)
         for parameter in [*self.encoder.parameters(), *self.decoder.layers.parameters()]:
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, pos_embed: Tensor) -> tuple[list[Outputs], Outputs]:
-        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding -> what each decoder layer
-        says, and the proposals."""
+    def forward(self, src: Tensor, mask: Tensor, pos_embed: Tensor, fine: NestedTensor) -> tuple[list[Outputs], Outputs]:
+        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding, and the finer map -> what
+        each decoder layer says, and the proposals."""
         tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
         memory = self.encoder(tokens, padding, position)
-        proposals, content, reference, query_mask = self.proposals(memory, mask)
-        layers = self.decoder(content, reference, query_mask, memory, memory + position, padding)
+        proposals, content, boxes, query_mask = self.proposals(memory.mT.reshape(src.shape), fine)
+        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding)
         return layers, proposals
 
 
 class ProposalDETR(nn.Module):
-    """Backbone and transformer; its heads are with those who loop over layers."""
+    """Backbone and transformer; the heads are with those who loop over layers."""
 
     def __init__(self, backbone: nn.Sequential, transformer: ProposalTransformer, aux_loss: bool) -> None:
         super().__init__()
         self.transformer = transformer
-        self.input_proj = nn.Conv2d(channels(backbone)[-1], transformer.d_model, kernel_size=1)
+        self.input_proj = nn.Conv2d(channels(backbone[0])[0], transformer.d_model, kernel_size=1)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs`` and of all proposals in ``enc_outputs``."""
-        features = list(self.backbone[-2](as_nested_tensor(samples)).values())[-1]
-        src = self.input_proj(features.tensors)
-        layers, proposals = self.transformer(src, features.mask, self.backbone[-1](features).to(src.dtype))
+        last, fine = self.backbone[-2](as_nested_tensor(samples)).values()
+        src = self.input_proj(last.tensors)
+        layers, proposals = self.transformer(src, last.mask, self.backbone[-1](last).to(src.dtype), fine)
         outputs: Outputs = {**layers[-1], "enc_outputs": proposals}
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]

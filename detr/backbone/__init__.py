@@ -6,7 +6,7 @@ line of ``FAMILIES``.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ IMAGENET_URLS = {
 
 
 class Backbone(nn.Module):
-    """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, finest first."""
+    """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, in their order."""
 
-    def __init__(self, body: Any, levels: list[int]) -> None:
+    def __init__(self, body: Any, levels: Sequence[int]) -> None:
         super().__init__()
-        self.body, self.levels = body, levels
+        self.body, self.levels = body, list(levels)
         self.channels: list[int] = [body.channels[i] for i in levels]
         self.strides: list[int] = [body.strides[i] for i in levels]
 
@@ -46,8 +46,8 @@ def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:
     return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()
 
 
-def build_backbone(name: str, norm: str, dilation: bool, all_levels: bool = False) -> Backbone:
-    """A backbone by name with random weights, giving its last level or all of them.
+def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] = (-1,)) -> Backbone:
+    """A backbone by name with random weights, giving the ``levels`` of it, by default its last.
 
     ``norm`` is ``frozen`` (fixed statistics, for ImageNet weights), ``batch`` or ``group``.
     """
@@ -56,13 +56,12 @@ def build_backbone(name: str, norm: str, dilation: bool, all_levels: bool = Fals
     if norm not in resnet.NORMS:
         raise ValueError(f"backbone_norm {norm!r} is not known; use one of {', '.join(resnet.NORMS)}")
     body: Any = FAMILIES[name](name, norm, dilation)
-    levels = range(len(body.channels))
-    return Backbone(body, list(levels) if all_levels else [levels[-1]])
+    return Backbone(body, list(levels))
 
 
-def channels(backbone: nn.Sequential) -> list[int]:
-    """Channels of the maps that ``nn.Sequential(backbone, position encoding)`` gives, finest first."""
-    return backbone[0].channels                                                             # type: ignore[return-value]
+def channels(backbone: nn.Module) -> list[int]:
+    """Channels of the maps that a ``Backbone`` gives."""
+    return backbone.channels                                                                # type: ignore[return-value]
 
 
 def body_of(model: nn.Module) -> nn.Module:

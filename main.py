@@ -304,10 +304,12 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     say(f"model: {settings.name}; data: {coco_path}{'' if data.coco_path else ' (synthetic)'}; device: {device}; "
         f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
         f"{train.batch_size * world}")
-    preprocessing = Preprocessing(data.image_size, data.max_size)
+    size = config.parse_size(data.image_size)
+    preprocessing = Preprocessing(size, data.max_size)
 
     def dataset(split: str, categories: list[Category] | None) -> Any:
-        transforms = make_transforms(split, preprocessing, crop=data.random_crop)
+        transforms = make_transforms(split, preprocessing, scales=None if data.multi_scale else (size,),
+                                     crop=data.random_crop)
         return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories)
 
     training = None if settings.run.eval else dataset("train", settings.categories)
@@ -462,6 +464,8 @@ class Log:
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self.file, self.curves, self.writer = folder / "log.txt", folder / "curves.png", None
+        if self.file.exists():
+            visualize.read_log(self.file)               # a line that was cut short is an error now, not after an epoch
         if tensorboard and distributed.is_main():
             try:
                 from torch.utils.tensorboard import SummaryWriter

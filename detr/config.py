@@ -44,6 +44,10 @@ class ModelConfig:
     bbox_loss_coef: float = flag(5, "weight of the L1 box loss")
     giou_loss_coef: float = flag(2, "weight of the generalized IoU loss")
 
+    def build(self, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
+        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
     def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         """A model's trainable parameters with their learning rates. As published, everything with "backbone" in its
         name, learned positions included, has the backbone's."""
@@ -78,8 +82,9 @@ class DataConfig:
     coco_path: str | None = flag(None, "folder with train2017/, val2017/ and annotations/; without it, synthetic data")
     coco_panoptic_path: str | None = flag(None, "folder of the panoptic annotations")
     remove_difficult: bool = flag(False, "leave out objects marked as difficult (VOC)")
-    image_size: int = flag(800, "short side of images in evaluation; training draws from 0.6 to 1 times it")
+    image_size: str = flag("800", "short side of images, or HEIGHTxWIDTH to bring all to one size")
     max_size: int = flag(1333, "limit of the long side")
+    multi_scale: bool = flag(True, "training draws the short side from 0.6 to 1 times --image_size")
     random_crop: bool = flag(True, "crop half of the training images at random")
 
 
@@ -142,6 +147,17 @@ def typed_flags(args: argparse.Namespace, configs: Iterable[type]) -> dict[str, 
             defaults.setdefault(field.name, field.default)
     return {name: getattr(args, name) for name, default in defaults.items()
             if name in typed or getattr(args, name, default) != default}
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """``--image_size``: "800" -> 800, the short side; "256x320" -> (256, 320), height and width."""
+    try:
+        sides = tuple(int(side) for side in text.split("x"))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"--image_size {text}: the short side in pixels, such as 800, or HEIGHTxWIDTH, such as 256x320")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -16,6 +16,11 @@ def test_entry(name):
     assert head.out_features == (251 if "panoptic" in name else 92)
 
 
+def test_panoptic_postprocessing_is_refused():
+    with pytest.raises(NotImplementedError, match="not there yet"):
+        torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local", return_postprocessor=True)
+
+
 def test_postprocessor_and_classes():
     with torch.device("meta"):
         model, postprocessor = torch.hub.load(str(ROOT), "detr_resnet50", source="local", num_classes=3,

@@ -1,0 +1,282 @@
+"""What the pictures show: colours, boxes and captions at their places; curves from logs as they come."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr import visualize
+from detr.visualize import (
+    COCO_NUMBERS,
+    class_colour,
+    draw_curves,
+    draw_detections,
+    font,
+    overlap,
+    place_caption,
+    read_log,
+    series,
+    shorten,
+    side_by_side,
+    text_colour,
+)
+
+GREY = (128, 128, 128)
+NAMES = {0: "ring", 2: "cross"}
+
+
+def canvas(width: int = 300, height: int = 260) -> Image.Image:
+    return Image.new("RGB", (width, height), GREY)
+
+
+def changed(picture: Image.Image) -> np.ndarray:
+    """Where a picture is no longer grey ``[H, W]``."""
+    return (np.asarray(picture) != GREY).any(-1)
+
+
+def of_colour(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
+    return (np.asarray(picture) == colour).all(-1)
+
+
+def draw(picture: Image.Image, *boxes, labels=None, names=NAMES, scores=None, min_side=0) -> Image.Image:
+    labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
+    scores = None if scores is None else torch.tensor(scores)
+    return draw_detections(picture, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), labels, names, scores,
+                           min_side)
+
+
+def contrast(a, b) -> float:
+    def luminance(colour):
+        return sum(weight * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4)
+                   for weight, c in zip((0.2126, 0.7152, 0.0722), (c / 255 for c in colour)))
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# Colours.
+
+def test_colours_are_stable_and_distinct():
+    colours = [class_colour(label) for label in range(91)]
+    assert colours == [class_colour(label) for label in range(91)] and len(set(colours)) == 91
+    first = np.array(colours[:8])
+    distances = np.abs(first[:, None] - first).sum(-1)[~np.eye(8, dtype=bool)]
+    assert distances.min() > 100
+
+
+def test_captions_contrast():
+    for label in range(250):
+        background = class_colour(label)
+        assert contrast(background, text_colour(background)) >= 4.5
+    assert text_colour((255, 255, 0)) == (0, 0, 0) and text_colour((0, 0, 120)) == (255, 255, 255)
+
+
+# Boxes and captions.
+
+def test_a_box_is_where_it_should_be():
+    image = canvas()
+    picture = draw(image, (60, 80, 200, 180), labels=[2])
+    assert picture.size == image.size and not changed(image).any()                      # the original is left alone
+    outline = of_colour(picture, class_colour(2))
+    assert outline[80, 60:200].all() and outline[179, 60:200].all()
+    assert outline[80:180, 60].all() and outline[80:180, 199].all()
+    assert not changed(picture)[85:175, 65:195].any()                                   # the object itself stays free
+    rows, columns = np.nonzero(changed(picture))
+    assert rows.max() == 180 and columns.max() == 200                                   # the dark rim, one pixel
+    caption = changed(picture)[:79]
+    assert caption.any() and np.nonzero(caption)[1].min() == 60                          # above it, on the left
+
+
+def test_nothing_to_draw():
+    assert not changed(draw(canvas())).any()
+    assert not changed(draw(canvas(), scores=[])).any()
+
+
+def test_boxes_over_the_edge():
+    outside = draw(canvas(), (-50, -40, -3, -2), (310, 20, 350, 60))
+    assert not changed(outside).any()
+    partly = draw(canvas(), (-20, 100, 40, 400))
+    outline = of_colour(partly, class_colour(0))
+    assert outline[100:, 39].all() and not outline[:, 41:].any() | outline[:80].any()
+
+
+def test_a_box_without_size_is_a_dot():
+    assert changed(draw(canvas(), (100, 100, 100, 100))).any()
+
+
+def test_names_and_scores(monkeypatch):
+    written = []
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: written.append(text))
+    draw(canvas(), (10, 50, 60, 90), (100, 50, 160, 90), (10, 150, 60, 190), labels=[0, 2, 12], scores=[0.5, 0.869, 1])
+    assert written == ["label 12 1.00", "cross 0.87", "ring 0.50"]                       # the surest first
+    written.clear()
+    draw(canvas(), (10, 50, 60, 90), (100, 50, 160, 90), labels=[1, 5], names=["a", "b"])
+    assert sorted(written) == ["b", "label 5"]
+
+
+def test_captions_of_small_pictures_fit():
+    """At 128 pixels a long name is cut, not the score, and the caption stays within the picture."""
+    letters = font(10)
+    text = shorten("a traffic light with a very long name", " 0.87", letters, 100)
+    assert letters.getlength(text) <= 100 and text.startswith("a traffic") and text.endswith("… 0.87")
+    assert shorten("ring", " 0.87", letters, 100) == "ring 0.87"
+    assert shorten("ring", " 0.87", letters, 1) == "… 0.87"
+    picture = draw(canvas(128, 128), (90, -4, 140, 30), labels=[0], names={0: "a traffic light with a long name"},
+                   scores=[0.87])
+    caption = of_colour(picture, class_colour(0))
+    assert caption.any(1).sum() > 25 and picture.size == (128, 128)
+
+
+def test_captions_avoid_each_other():
+    boxes = [(50, 50, 190, 190), (52, 51, 192, 191), (48, 49, 188, 192)]
+    captions = []
+    for box in boxes:
+        captions.append(place_caption((60, 14), box, (300, 260), captions, boxes))
+    assert all(overlap(a, b) == 0 for i, a in enumerate(captions) for b in captions[:i])
+    for x0, y0, x1, y1 in captions:
+        assert x0 >= 0 and y0 >= 0 and x1 <= 300 and y1 <= 260
+    assert place_caption((60, 14), (250, 5, 299, 200), (300, 260), [], []) == (240, 0, 300, 14)
+
+
+def test_small_pictures_are_enlarged():
+    picture = draw(canvas(128, 150), (32, 40, 96, 120), min_side=256)
+    assert picture.size == (256, 300)
+    assert of_colour(picture, class_colour(0))[80:240, 64].all()
+    assert draw(canvas(128, 150), min_side=257).size == (384, 450)
+    assert draw(canvas(128, 150), min_side=128).size == (128, 150)
+    assert draw_detections(canvas(160, 128), torch.zeros(0, 4), torch.zeros(0), {}).size == (320, 256)
+
+
+def test_the_surest_is_on_top():
+    box = (50, 60, 200, 200)
+    for scores in ([0.9, 0.4], [0.4, 0.9]):
+        picture = draw(canvas(), box, box, labels=[0, 2], scores=scores)
+        assert of_colour(picture, class_colour(0 if scores[0] > 0.5 else 2))[150, 50]
+
+
+def test_numbers_that_do_not_belong_together():
+    with pytest.raises(ValueError, match=r"boxes_xyxy \[2, 4\], labels \[3\], scores None: \[n, 4\], \[n\] and \[n\]"):
+        draw_detections(canvas(), torch.zeros(2, 4), torch.zeros(3), NAMES)
+    with pytest.raises(ValueError, match=r"scores \[1\]"):
+        draw_detections(canvas(), torch.zeros(2, 4), torch.zeros(2), NAMES, torch.zeros(1))
+
+
+# Sheets.
+
+@pytest.mark.parametrize("captions", [(), ("a.jpg", "b.jpg", "c.jpg")])
+def test_a_sheet_has_every_picture_whole(captions):
+    colours = [(200, 30 * i, 10) for i in range(6)]
+    sizes = [(200, 150), (200, 150), (120, 180), (120, 180), (250, 90), (250, 90)]
+    pictures = [Image.new("RGB", size, colour) for size, colour in zip(sizes, colours)]
+    rows = [(pictures[0], pictures[1]), (pictures[2], pictures[3]), (pictures[4], pictures[5])]
+    sheet = side_by_side(rows, ("ground truth", "detections"), captions)
+    corners = []
+    for (width, height), colour in zip(sizes, colours):
+        rows_of, columns = np.nonzero(of_colour(sheet, colour))
+        assert len(rows_of) == width * height                                           # nothing lies over it
+        corners.append((columns.min(), rows_of.min()))
+    (left, top), (right, _), (next_left, _), _, (third_left, third_top), _ = corners
+    assert left < right < next_left and third_top > top + 150 and third_left < right    # two pairs in a line
+    assert (np.asarray(sheet)[:top] < 100).any()                                        # the titles
+    assert (np.asarray(sheet)[third_top + 90:] < 200).any() == bool(captions)
+
+
+def test_sheets_that_cannot_be():
+    with pytest.raises(ValueError, match="0 pairs of pictures and 0 captions: at least one pair"):
+        side_by_side([], ("a", "b"))
+    with pytest.raises(ValueError, match="1 pairs of pictures and 2 captions"):
+        side_by_side([(canvas(), canvas())], ("a", "b"), ["x", "y"])
+
+
+# Curves.
+
+def epoch(number: int, **more) -> dict:
+    row = {f"{split}_{name}": scale / (number + 1) for split in ("train", "test")
+           for name, scale in (("loss", 20.0), ("loss_ce", 1.0), ("loss_bbox", 0.1), ("loss_giou", 0.8))}
+    ap = 1 - 1 / (number + 1.5)
+    return {**row, "test_coco_eval_bbox": [ap, ap, ap / 2, -1, ap / 2, ap] + [ap] * 6, "epoch": number, **more}
+
+
+def write(path, rows, ending="\n"):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + ending)
+    return path
+
+
+def lines_drawn(monkeypatch) -> list[tuple[str, list[int], list[float]]]:
+    """Label, epochs and values of each line that ``draw_curves`` draws, in their order."""
+    drawn: list = []
+    monkeypatch.setattr(visualize, "plot", lambda axes, points, **style: drawn.append((style.get("label"), *points)))
+    return drawn
+
+
+@pytest.mark.parametrize("rows", [
+    [epoch(i) for i in range(40)],
+    [epoch(0)],
+    [epoch(i, **({} if i % 5 == 4 else {"test_coco_eval_bbox": None, "test_loss": math.nan})) for i in range(12)],
+    [{"epoch": 7}],
+    [{"epoch": 0, "train_loss": 3.0}, {"epoch": 1, "train_loss": math.inf, "test_coco_eval_bbox": [-1.0] * 12}],
+    [epoch(0, train_loss_bbox=0.0, test_coco_eval_bbox=[0.0] * 12)],
+], ids=["long", "one", "gaps", "nothing", "infinite", "zeros"])
+@pytest.mark.filterwarnings("error")
+def test_curves_of_logs_as_they_come(tmp_path, rows):
+    out = tmp_path / "curves.png"
+    out.write_bytes(b"old")
+    draw_curves(write(tmp_path / "log.txt", rows), out)
+    picture = Image.open(out)
+    assert picture.format == "PNG" and picture.width > 1000 and (np.asarray(picture.convert("L")) < 100).any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.txt"]
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    drawn = lines_drawn(monkeypatch)
+    rows = [epoch(0), epoch(1, test_coco_eval_bbox=None, train_loss=math.nan), epoch(2)]
+    draw_curves(write(tmp_path / "log.txt", rows), tmp_path / "curves.png")
+    assert drawn[0] == ("training", [0, 2], [20.0, 20 / 3]) and drawn[1] == ("validation", [0, 1, 2], [20, 10, 20 / 3])
+    assert [values[0] for _, _, values in drawn[2:8]] == [1, 1, 0.8, 0.8, 0.1, 0.1]
+    assert [(label, epochs) for label, epochs, _ in drawn[8:]] == [                     # -1 says nothing of small ones
+        ("AP", [0, 2]), ("AP50", [0, 2]), ("AP75", [0, 2]), ("AP medium", [0, 2]), ("AP large", [0, 2])]
+    assert drawn[10][2] == pytest.approx([1 / 6, 5 / 14])
+
+
+def test_series():
+    rows = [{"epoch": 3, "a": 1}, {"epoch": 4}, {"epoch": 5, "a": [7, 8]}, {"epoch": 6, "a": "x"}, {"epoch": 7, "a": [1]}]
+    assert series(rows, "a") == ([3], [1])
+    assert series(rows, "a", 1) == ([5], [8])
+    assert len(COCO_NUMBERS) == 12 and COCO_NUMBERS[8] == "AR100"
+
+
+def test_going_back_replaces_later_epochs(tmp_path):
+    log = write(tmp_path / "log.txt", [epoch(i, turn=1) for i in range(5)] + [epoch(i, turn=2) for i in (2, 3)])
+    assert [(row["epoch"], row["turn"]) for row in read_log(log)] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+
+
+@pytest.mark.parametrize("ending, message", [
+    ('\n{"epoch": 2, "train_lo', r"log.txt, line 3: no complete JSON object .*; if the program was stopped.*delete"),
+    ('\n[1, 2]\n', r'log.txt, line 3: it is no JSON object with an "epoch"'),
+    ('\n\n{"train_loss": 1}\n', r'log.txt, line 4: it is no JSON object with an "epoch"'),
+])
+def test_logs_that_are_not_right(tmp_path, ending, message):
+    log, out = write(tmp_path / "log.txt", [epoch(0), epoch(1)], ending), tmp_path / "curves.png"
+    with pytest.raises(ValueError, match=message):
+        draw_curves(log, out)
+    assert not out.exists()
+
+
+def test_an_empty_log(tmp_path):
+    with pytest.raises(ValueError, match="log.txt: there is no epoch in it"):
+        draw_curves(write(tmp_path / "log.txt", [], ""), tmp_path / "curves.png")
+
+
+def test_curves_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "curves.png"
+    out.write_bytes(b"old")
+
+    def savefig(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+    monkeypatch.setattr(visualize.Figure, "savefig", savefig)
+    with pytest.raises(OSError, match="no space left"):
+        draw_curves(write(tmp_path / "log.txt", [epoch(0)]), out)
+    assert out.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.txt"]

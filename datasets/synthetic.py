@@ -129,7 +129,7 @@ def coverage(outlines: Outlines, height: int, width: int) -> np.ndarray:
             last = min(max(math.ceil(4 * y1 - 0.5), 0), 4 * height)
             if first < last:
                 x = x0 + ((np.arange(first, last) + 0.5) / 4 - y0) * ((x1 - x0) / (y1 - y0))
-                rows[first:last] += sign * np.clip(right - x[:, None], 0.0, 1.0)
+                rows[first:last] += sign * np.minimum(np.maximum(right - x[:, None], 0.0), 1.0)
     return np.abs(rows[0::4] + rows[1::4] + rows[2::4] + rows[3::4]) / 4
 
 
@@ -285,10 +285,9 @@ class Painter:
                 return False
         return True
 
-    def draw(self, outlines: Outlines, colour: np.ndarray | None, k: int) -> None:
-        """Paint a shape that belongs to object ``k``."""
+    def draw(self, outlines: Outlines, cover: np.ndarray, colour: np.ndarray | None, k: int) -> None:
+        """Paint a shape, which covers so much of the pixels of its window, as part of object ``k``."""
         rows, columns, local = self.window(outlines)
-        cover = coverage(local, rows.stop - rows.start, columns.stop - columns.start)
         mask = cover >= 0.5
         if colour is None:
             near = set(self.owner[rows, columns].ravel().tolist()) - {-1, k}
@@ -301,12 +300,13 @@ class Painter:
             core = coverage([centre + (points - centre) * (1 - shrink if i == 0 else 1 + shrink)
                              for i, points in enumerate(local)], *cover.shape)
         paint(self.dice, self.canvas[rows, columns], cover, core, colour)
-        self.owner[rows, columns][mask] = k
         if k == len(self.drawn):
             self.drawn.append(0)
             self.boxes.append([])
             self.colours.append(colour)
-        for j in range(k + 1):
+        changed = {k, *self.owner[rows, columns][mask].tolist()} - {-1}
+        self.owner[rows, columns][mask] = k
+        for j in changed:
             self.boxes[j] = tight_box(self.owner == j)
         self.drawn[k] = int((self.owner == k).sum())
 
@@ -325,9 +325,9 @@ class Painter:
                 y = (y, -cut * height, y, self.height - (1 - cut) * height)[side]
             outlines = [np.round(points + [x, y], 2) for points in outlines]
             rows, columns, local = self.window(outlines)
-            mask = coverage(local, rows.stop - rows.start, columns.stop - columns.start) >= 0.5
-            if self.fits(mask, rows, columns, alone and attempt < 20):
-                self.draw(outlines, None, k)
+            cover = coverage(local, rows.stop - rows.start, columns.stop - columns.start)
+            if self.fits(cover >= 0.5, rows, columns, alone and attempt < 20):
+                self.draw(outlines, cover, None, k)
                 return outlines
         return None
 
@@ -340,7 +340,9 @@ class Painter:
             outlines = random_outlines(dice, shape, dice.between(9, 12))
             offset = [x0 + dice.between(0, size), y0 + dice.between(0, size)]
             colour = contrasting(dice, list(self.ground_colours))
-            self.draw([np.round(points + offset, 2) for points in outlines], colour, k)
+            outlines = [np.round(points + offset, 2) for points in outlines]
+            rows, columns, local = self.window(outlines)
+            self.draw(outlines, coverage(local, rows.stop - rows.start, columns.stop - columns.start), colour, k)
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
@@ -396,8 +398,14 @@ def canonical(data: Any) -> bytes:
 
 
 def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: int = 300) -> None:
-    """Write the data set to ``folder``."""
+    """Write the data set to ``folder``, whole or not at all: it is made beside it and moved there at the end.
+
+    Raises ``FileExistsError`` where something is there already. Where another process brings its own in the meantime,
+    that one stays.
+    """
     folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; move it away, or name another folder for the synthetic data")
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
     making.mkdir()
@@ -415,7 +423,7 @@ def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: in
                 image_id = FIRST_ID[split] + index
                 name = f"{image_id:012d}.png"
                 height, width = scene.owner.shape
-                Image.fromarray(scene.pixels).save(making / f"{split}2017" / name, compress_level=6)
+                Image.fromarray(scene.pixels).save(making / f"{split}2017" / name, compress_level=4)
                 digest.update(scene.pixels.tobytes())
                 images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 1})
                 annotations += [{"id": 100 * image_id + k, "image_id": image_id, **entry}
@@ -430,7 +438,8 @@ def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: in
                 "categories": [{"id": i, "name": s, "supercategory": "shape"} for i, s in zip(CATEGORY_IDS, SHAPES)]})
             digest.update(content)
             (making / "annotations" / f"instances_{split}2017.json").write_bytes(content)
-        marker = {"version": VERSION, "seed": seed, "train": train, "val": val, "checksum": digest.hexdigest()}
+        marker = {"version": VERSION, "seed": seed, "train": train, "val": val, "checksum": digest.hexdigest(),
+                  "expected": CHECKSUM}
         (making / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
         try:
             os.rename(making, folder)
@@ -449,28 +458,41 @@ def synthetic_data(folder: str | Path | None = None) -> Path:
     Several processes may call this at once; the first to finish provides the folder for all.
     """
     folder = FOLDER if folder is None else Path(folder)
-    if folder.exists():
-        wrong = defect(folder)
-        if wrong is None:
-            return folder
+    wrong = defect(folder) if folder.exists() else "absent"
+    if wrong is not None and folder.exists():
         aside = folder.with_name(f"{folder.name}-set-aside-{uuid.uuid4().hex[:6]}")
         with contextlib.suppress(FileNotFoundError):                            # another process was faster
             folder.rename(aside)
             print(f"synthetic data in {folder}: {wrong}; moved to {aside.name}, to be made anew", flush=True)
-    make_synthetic(folder)
+    if wrong is not None:
+        try:
+            make_synthetic(folder)
+        except FileExistsError:                                                 # another process was faster
+            if defect(folder) is not None:
+                raise
+    found = json.loads((folder / MARKER).read_text())["checksum"]
+    if found != CHECKSUM:
+        print(f"synthetic data in {folder}: checksum {found[:12]}, not {CHECKSUM[:12]}: made with another seed or "
+              "number of images, or this machine computes differently; results on them do not compare", flush=True)
     return folder
 
 
 def defect(folder: Path) -> str | None:
-    """What keeps ``folder`` from being the data set, or None. Files are counted, not read."""
+    """What keeps ``folder`` from being the data set, or None. Files are counted, not read.
+
+    Another checksum is no defect where this very version came to it: making the data again would not change it.
+    """
     try:
         marker = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
+        version, checksum, counts = marker["version"], marker["checksum"], {s: marker[s] for s in FIRST_ID}
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no readable {MARKER}"
-    if marker.get("version") != VERSION or marker.get("checksum") != CHECKSUM:
+    if version != VERSION or CHECKSUM not in (checksum, marker.get("expected")):
         return "of another version"
-    for split in ("train", "val"):
+    for split, count in counts.items():
         found = sum(1 for _ in (folder / f"{split}2017").glob("*.png"))
-        if found != marker[split] or not (folder / "annotations" / f"instances_{split}2017.json").is_file():
-            return f"{found} of {marker[split]} images of {split}2017, or its annotations missing"
+        if found != count:
+            return f"{found} of {count} images in {split}2017"
+        if not (folder / "annotations" / f"instances_{split}2017.json").is_file():
+            return f"annotations/instances_{split}2017.json is missing"
     return None

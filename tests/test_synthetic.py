@@ -1,6 +1,7 @@
 """The embedded data: fixed for good, in COCO's layout, with everything in it that COCO's reader must know."""
 import hashlib
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -161,3 +162,37 @@ def test_an_interrupted_making_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         synthetic.make_synthetic(tmp_path / "data", train=3, val=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_checksum_of_this_very_version_is_said_and_not_made_again(small, monkeypatch, capsys):
+    """A machine that computes differently must not make the data anew at every start."""
+    monkeypatch.setattr(synthetic, "CHECKSUM", "0" * 64)
+    for _ in range(2):
+        synthetic.synthetic_data(small)
+        assert "not 000000000000" in capsys.readouterr().out
+    assert not list(small.parent.glob("data-set-aside-*"))
+    monkeypatch.setattr(synthetic, "CHECKSUM", "1" * 64)                # a newer version
+    synthetic.synthetic_data(small)
+    assert "of another version; moved to" in capsys.readouterr().out
+
+
+def test_a_faster_process_keeps_its_data(small, monkeypatch, tmp_path):
+    known, draw = tmp_path / "known", synthetic.make_scene
+
+    def meanwhile(seed, split, index):
+        if (split, index) == ("val", 1):
+            shutil.copytree(known, small)
+            (small / "theirs").touch()
+        return draw(seed, split, index)
+    monkeypatch.setattr(synthetic, "make_scene", meanwhile)
+    assert synthetic.synthetic_data(small) == small
+    assert (small / "theirs").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "known"]
+
+
+def test_what_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="data is not empty; move it away"):
+        synthetic.make_synthetic(tmp_path / "data", train=3, val=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]

@@ -284,7 +284,7 @@ def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         plot(axes, test, color=colour, linewidth=1.8, linestyle="--")
         if training[0] or test[0]:
             handles.append(Line2D([], [], color=colour, linewidth=3, label=name))
-    heading(axes, "Parts of the loss", "last layer, not weighted; solid: training, dashed: validation")
+    heading(axes, "Parts of the loss", "last layer, weighted; solid: training, dashed: validation")
     axes.set_ylabel("loss", color=BLACK)
     values = [value for line in axes.lines for value in line.get_ydata()]
     if values and min(values) > 0:                          # the parts differ by an order of magnitude
@@ -319,4 +319,5 @@ def draw_precision(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     if axes.lines:
         top = max(value for line in axes.lines for value in line.get_ydata())
         axes.set_ylim(0, min(1.0, max(0.05, top * 1.3)))
-        axes.legend(loc="upper left", frameon=False, ncols=2, columnspacing=1.2)
+        room = "upper left" if top < 0.7 else "lower right"
+        axes.legend(loc=room, frameon=False, ncols=2, columnspacing=1.2)

@@ -90,7 +90,8 @@ def duration(seconds: float) -> str:
 
 
 def image_ids(targets: Sequence[Target]) -> list[int]:
-    return [int(target["image_id"]) for target in targets]
+    """The data's ids of the images of a batch; their places in it where targets have none."""
+    return [int(target.get("image_id", place)) for place, target in enumerate(targets)]
 
 
 def to_device(samples: NestedTensor, targets: Sequence[Target], device: torch.device) -> Batch:
@@ -107,12 +108,14 @@ def readings(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict
             **{f"{name}_unscaled": value for name, value in plain.items()}}
 
 
-def check_finite(losses: Mapping[str, float], targets: Sequence[Target], where: str) -> None:
+def check_finite(losses: Mapping[str, float], ids: Sequence[int], where: str) -> None:
     """Raise a ``NonFiniteError`` that names the losses that are no numbers, the images and the step."""
-    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    bad = [f"{name} = {value}" for name, value in losses.items()
+           if not math.isfinite(value) and not name.endswith("_unscaled")]
     if bad:
-        raise NonFiniteError(f"{', '.join(bad)} at {where}, images {image_ids(targets)}: training was stopped, and the "
-                             f"last checkpoint is unharmed. Try a lower --lr, or look at these images' annotations")
+        others = " (of this process; the losses are means over all)" if distributed.is_distributed() else ""
+        raise NonFiniteError(f"{', '.join(bad)} at {where}, images {list(ids)}{others}: stopped, and the last checkpoint "
+                             f"is unharmed. Try a lower --lr, or look at these images' annotations")
 
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Batch], length: int,
@@ -131,23 +134,23 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
     progress = progress or Progress(f"epoch {epoch}")
     batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr"))
     for step, (samples, targets) in enumerate(batches):
+        ids, where = image_ids(targets), f"epoch {epoch}, step {step}"
         samples, targets = to_device(samples, targets, device)
-        where = f"epoch {epoch}, step {step}"
         with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
             outputs = model(samples)
         try:
             losses = criterion(outputs, targets)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; at {where}, images {image_ids(targets)}") from None
+            raise NonFiniteError(f"{error}; at {where}, images {ids}") from None
         loss = criterion.weighted_sum(losses)
 
         values = readings(distributed.mean_over_processes(losses), criterion.weight_dict)
-        check_finite(values, targets, where)
+        check_finite(values, ids, where)
 
         optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf))
-        check_finite({"grad_norm": norm}, targets, where)
+        check_finite({"grad_norm": norm}, ids, where)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
@@ -169,17 +172,23 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
     model.eval()
     criterion.eval()
     progress = progress or Progress("evaluation")
-    for samples, targets in progress.over(loader, length, ("loss", "class_error")):
+    for step, (samples, targets) in enumerate(progress.over(loader, length, ("loss", "class_error"))):
+        ids, where = image_ids(targets), f"{progress.title}, step {step}"
         samples, targets = to_device(samples, targets, device)
         outputs = model(samples)
-        losses = criterion(outputs, targets)
+        try:
+            losses = criterion(outputs, targets)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; at {where}, images {ids}") from None
+        values = readings(losses, criterion.weight_dict)
+        check_finite(values, ids, where)
         sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, sizes)
         predictions = {image_id: {name: value.cpu() for name, value in detection.items()}
-                       for image_id, detection in zip(image_ids(targets), detections)}
+                       for image_id, detection in zip(ids, detections)}
         for evaluator in evaluators:
             evaluator.update(predictions)
-        progress.update(readings(losses, criterion.weight_dict), len(targets))
+        progress.update(values, len(targets))
     results: dict[str, Any] = progress.averages_over_processes()
     for evaluator in evaluators:
         results |= evaluator.summarize()

@@ -27,7 +27,7 @@ from detr import checkpoint, config, distributed, visualize
 from detr.architectures.detr import DETRConfig
 from detr.architectures.proposal_detr import ProposalDETRConfig
 from detr.backbone import IMAGENET_URLS, body_of
-from detr.config import DataConfig, RunConfig, TrainConfig
+from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.presets import ARCHITECTURES, PRESETS
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, train_one_epoch
@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error("unknown: " + "; ".join(f"{u}{config.nearest(u.split('=')[0], flags)}" for u in unknown))
+            named = [word for word in unknown if word.startswith("-")] or unknown
+            self.error("unknown: " + "; ".join(f"{word}{config.nearest(word.split('=')[0], flags)}" for word in named))
         return known
 
     def error(self, message: str) -> NoReturn:
@@ -90,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 class Settings:
     """Everything a run needs to know, decided."""
     name: str
-    model: DETRConfig
+    model: ModelConfig
     train: TrainConfig
     data: DataConfig
     run: RunConfig
@@ -129,7 +130,9 @@ def settle(args: argparse.Namespace) -> Settings:
     for part, base in parts.items():
         known = {field.name for field in dataclasses.fields(base)}
         old = {k: v for k, v in remembered.get(part, {}).items() if k in known}
-        new = {k: v for k, v in typed.items() if k in known}
+        if strange := sorted(set(remembered.get(part, {})) - known):
+            say(f"{args.resume}: its settings {', '.join(strange)} are unknown to this version and have no effect")
+        new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in known}
         changed = [f"--{k} {v} (was {old[k]})" for k, v in new.items() if k in old and old[k] != v]
         if changed:
             say(f"changed since {args.resume}: {', '.join(changed)}")
@@ -146,16 +149,18 @@ def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
 
 def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
     """The preset of a checkpoint that says nothing of its configuration: ``detr_resnet50`` where its shapes fit."""
-    if "class_embed.weight" not in state_dict and "detr.class_embed.weight" not in state_dict:
+    heads = [weight for name, weight in state_dict.items() if name.endswith("class_embed.weight")]
+    if not heads:
         raise ValueError(f"{source} has no class_embed.weight: it is not a DETR checkpoint")
-    head = state_dict.get("class_embed.weight", state_dict.get("detr.class_embed.weight"))
-    fitting = []
-    for name, preset in PRESETS.items():
+
+    def fits(name: str, num_classes: int) -> bool:
         with torch.device("meta"):
-            model = preset.model.build(len(head) - 1)[0]
+            model = PRESETS[name].model.build(num_classes)[0]
         found = checkpoint.differences(model, state_dict)
-        if not (found.missing or found.unexpected or found.wrong_shape):
-            fitting.append(name)
+        return not (found.missing or found.unexpected or found.wrong_shape)
+
+    rows = len(heads[0])                                            # one more than classes where "no object" is one
+    fitting = [name for name in PRESETS if fits(name, rows - 1) or fits(name, rows)]
     if "detr_resnet50" in fitting:
         return "detr_resnet50"
     raise ValueError(f"{source} has no configuration inside, and does not fit detr_resnet50. "
@@ -172,6 +177,9 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "build_model('detr_resnet50_panoptic') gives the model")
     if data.remove_difficult:
         raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
+    for flag, useless, why in without_effect(settings):
+        if flag in typed and useless:
+            raise ValueError(f"--{flag} has no effect {why}; leave it out")
     if run.start_epoch and settings.resumed is None:
         raise ValueError("--start_epoch needs --resume: there is nothing to go on from")
     if "world_size" in typed and run.world_size != int(os.environ.get("WORLD_SIZE", 1)):
@@ -190,6 +198,16 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "checkpoint, so leave it out")
 
 
+def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
+    """Flags, whether they are useless with these settings, and why."""
+    train, data, run = settings.train, settings.data, settings.run
+    exact = "x" in data.image_size
+    return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
+            ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
+            ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
+            ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]
+
+
 def say(text: str) -> None:
     """Print once, not once a process."""
     if distributed.is_main():
@@ -197,13 +215,29 @@ def say(text: str) -> None:
 
 
 def choose_device(wanted: str, typed: bool) -> str:
-    """``wanted``, or the cpu where the default cuda is not there. A device that was typed is never replaced."""
+    """``wanted``; or, where the default cuda is not there, mps or the cpu. A device that was chosen is never replaced."""
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        raise ValueError(f"--device {wanted}: PyTorch knows no such device; use cuda, cpu or mps") from None
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if there.get(wanted.split(":")[0], True):
+    if there.get(kind, True):
         return wanted
-    if typed:
+    if typed or wanted != RunConfig.device:
         raise ValueError(f"--device {wanted}: PyTorch finds none on this machine; use --device cpu")
     return "mps" if there["mps"] else "cpu"
+
+
+def choose_precision(amp: str, device: torch.device) -> str:
+    """``auto`` -> ``bf16`` where the device computes in it fast, else ``off``; said."""
+    if amp != "auto":
+        return amp
+    if device.type == "cpu":
+        fast = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    say(f"training in {'bfloat16' if fast else 'float32, since this processor has no fast bfloat16'} (--amp auto)")
+    return "bf16" if fast else "off"
 
 
 def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, dict]:
@@ -237,11 +271,11 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights, which follows faster while it is young."""
-    def average(averaged: torch.Tensor, current: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
-        if not averaged.is_floating_point():
-            return current
-        return averaged.lerp(current, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], steps: int | torch.Tensor) -> None:
+        weight = 1 - min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for mean, value in zip(averaged, current):
+            mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps_per_epoch: int,
@@ -299,11 +333,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Data, model, and then evaluation or training."""
     train, data = settings.train, settings.data
-    coco_path = data.coco_path or synthetic_data()
     world = distributed.world_size()
-    say(f"model: {settings.name}; data: {coco_path}{'' if data.coco_path else ' (synthetic)'}; device: {device}; "
+    missing = " (no cuda found)" if device.type != "cuda" and settings.run.device == "cuda" else ""
+    say(f"model: {settings.name}; data: {data.coco_path or 'synthetic'}; device: {device}{missing}; "
         f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
         f"{train.batch_size * world}")
+    if data.coco_path is None and distributed.is_main():
+        synthetic_data()                                            # made by one process, for all
+    distributed.barrier()
+    coco_path = data.coco_path or synthetic_data()
     size = config.parse_size(data.image_size)
     preprocessing = Preprocessing(size, data.max_size)
 
@@ -322,8 +360,9 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     if training is None:
         results = judge(model, "evaluation")
         judge.save(folder)
+        say(f"saved: {folder / 'results.json'}, {folder / 'eval' / 'latest.pth'}" if folder else
+            "nothing was saved; --output_dir DIR would keep the predictions as json")
         return results
-    torch.manual_seed(train.seed + distributed.rank())                      # each process has augmentations of its own
     return fit(settings, training, model, criterion, judge, preprocessing, folder, device)
 
 
@@ -335,7 +374,7 @@ class Judge:
         self.validation, self.criterion, self.postprocessors = validation, criterion, postprocessors
         self.device, self.print_every = device, settings.run.print_every
         shard = EvaluationShard(len(validation), distributed.rank(), distributed.world_size())
-        self.loader = data_loader(validation, shard, settings, device, drop_last=False)
+        self.loader = data_loader(validation, shard, settings, device)
 
     def __call__(self, model: nn.Module, title: str) -> dict[str, Any]:
         self.evaluators = build_evaluators(self.validation)
@@ -352,13 +391,20 @@ class Judge:
         curves.parent.mkdir(exist_ok=True)
         torch.save(box.eval, curves.with_suffix(".unfinished"))
         os.replace(curves.with_suffix(".unfinished"), curves)
-        say(f"predictions: {folder / 'results.json'}; precision and recall: {curves}")
 
 
-def data_loader(dataset: Any, sampler: Any, settings: Settings, device: torch.device, drop_last: bool) -> DataLoader:
+def data_loader(dataset: Any, sampler: Any, settings: Settings, device: torch.device,
+                training: bool = False) -> DataLoader:
+    """Batches. Workers of a training are started anew each epoch, with randomness of that epoch."""
     workers = settings.run.num_workers
-    return DataLoader(dataset, settings.train.batch_size, sampler=sampler, drop_last=drop_last, collate_fn=collate,
-                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+    return DataLoader(dataset, settings.train.batch_size, sampler=sampler, drop_last=training, collate_fn=collate,
+                      num_workers=workers, persistent_workers=workers > 0 and not training,
+                      pin_memory=device.type == "cuda")
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Randomness that depends on seed, epoch and process alone, so that a resumed training goes on as an unbroken one."""
+    torch.manual_seed(((seed * 1_000_003 + epoch) * 1_009 + distributed.rank()) % 2**63)
 
 
 def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module, judge: Judge,
@@ -366,7 +412,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     """Train epoch by epoch; after each, evaluate, log and save."""
     train = settings.train
     sampler = TrainingSampler(len(training), distributed.rank(), distributed.world_size(), train.seed)
-    loader = data_loader(training, sampler, settings, device, drop_last=True)
+    loader = data_loader(training, sampler, settings, device, training=True)
     if len(loader) == 0:
         raise ValueError(f"--batch_size {train.batch_size} on {distributed.world_size()} processes needs more than the "
                          f"{len(training)} training images; lower it")
@@ -380,14 +426,15 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"parameters that train: {parameters}; epochs {first_epoch} to {train.epochs - 1} of {len(loader)} steps; "
         f"output: {folder}")
-    log = Log(folder, settings.run.tensorboard)
+    log, amp = Log(folder, settings.run.tensorboard), choose_precision(train.amp, device)
     results: dict[str, Any] = {}
     start = time.perf_counter()
     for epoch in range(first_epoch, train.epochs):
         sampler.set_epoch(epoch)
+        seed_epoch(train.seed, epoch)
         progress = Progress(f"epoch {epoch}", settings.run.print_every, train.epochs - 1 - epoch)
         averages = train_one_epoch(wrapped, criterion, loader, len(loader), optimizer, schedule, device, epoch,
-                                   max_norm=train.clip_max_norm, amp=train.amp,
+                                   max_norm=train.clip_max_norm, amp=amp,
                                    after_step=ema and (lambda: ema.update_parameters(model)), progress=progress)
         last = epoch + 1 == train.epochs
         scored = ema.module if ema else model
@@ -404,7 +451,8 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
                 state |= {"training_model": model.state_dict(), "ema_steps": int(ema.n_averaged)}
             save_checkpoints(folder, state, train, epoch)
             log.write(epoch, averages, results, parameters)
-        judge.save(folder if last else None)
+        if evaluated:
+            judge.save(folder)
     say(f"trained for {duration(time.perf_counter() - start)}, evaluation and saving included")
     if distributed.is_main() and train.epochs > first_epoch:
         picture_of_detections(scored, judge, preprocessing, folder, device)

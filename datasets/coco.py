@@ -85,6 +85,10 @@ class CocoDetection(Dataset):
         training never needs it, and each worker would copy its many Python objects."""
         return index(read_annotations(self.annotation_file)[0])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker that is started anew is sent: all but ``coco``."""
+        return {name: value for name, value in self.__dict__.items() if name != "coco"}
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -33,7 +33,7 @@ def build_model(
     """Model, criterion and post-processing.
 
     ``model`` is one of ``list_models()`` and ``flags`` change its configuration, keyword = flag name; or it is what
-    ``main.get_args_parser()`` parsed. Flags of training, data and run are known, and checked, but have no part in what
+    ``main.get_args_parser()`` parsed. Flags of training, data and run may stand among them, but have no part in what
     is built here. ``num_classes`` counts labels from 0, "no object" left out; without it, it is the published number
     (91; panoptic 250).
 

@@ -86,8 +86,8 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 def refine(reference: Tensor, delta: Tensor) -> Tensor:
-    """Boxes ``[..., 4]`` (cxcywh) that differ from ``reference`` by ``delta``, relative to its size: the centre moves by so
-    many widths and heights, and these grow by the exponential (Girshick et al., 2014, appendix C). At most 50-fold."""
+    """Boxes ``[..., 4]`` (cxcywh) that differ from ``reference`` by ``delta``, relative to its size: the centre moves by
+    so many widths and heights, and these grow by the exponential (Girshick et al., 2014, appendix C). At most 50-fold."""
     centre, size = reference[..., :2], reference[..., 2:]
     return torch.cat([centre + delta[..., :2] * size, size * delta[..., 2:].clamp(max=math.log(50)).exp()], dim=-1)
 

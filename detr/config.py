@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
-def flag(default: Any, help: str, choices: Iterable[Any] | None = None) -> Any:
-    """A dataclass field that is also a flag of the command line."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
+def flag(default: Any, help: str, choices: Iterable[Any] | None = None, least: float | None = None) -> Any:
+    """A dataclass field that is also a flag of the command line; ``least`` is its smallest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices),
+                                                        "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,15 @@ class ModelConfig:
     backbone_norm: str = flag("frozen", "normalisation of the backbone: 'frozen' statistics of a pretrained one, or "
                               "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
     from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
-    lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it")
+    lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", least=0)
     position_embedding: str = flag("sine", "positions of the feature map", ("sine", "learned"))
-    enc_layers: int = flag(6, "encoder layers")
-    dec_layers: int = flag(6, "decoder layers")
-    dim_feedforward: int = flag(2048, "width of the feed-forward blocks")
-    hidden_dim: int = flag(256, "width of the transformer")
-    dropout: float = flag(0.1, "dropout in the transformer")
-    nheads: int = flag(8, "attention heads")
-    num_queries: int = flag(100, "object queries: the most objects an image can have")
+    enc_layers: int = flag(6, "encoder layers", least=0)
+    dec_layers: int = flag(6, "decoder layers", least=1)
+    dim_feedforward: int = flag(2048, "width of the feed-forward blocks", least=1)
+    hidden_dim: int = flag(256, "width of the transformer", least=4)
+    dropout: float = flag(0.1, "dropout in the transformer, a probability", least=0)
+    nheads: int = flag(8, "attention heads", least=1)
+    num_queries: int = flag(100, "object queries: the most objects an image can have", least=1)
     aux_loss: bool = flag(True, "train every decoder layer's predictions, not only the last one's")
     set_cost_class: float = flag(1, "class weight in the matching cost")
     set_cost_bbox: float = flag(5, "L1 box weight in the matching cost")
@@ -59,20 +60,20 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained."""
-    lr: float = flag(1e-4, "learning rate of everything but the backbone")
-    batch_size: int = flag(2, "images per process")
+    lr: float = flag(1e-4, "learning rate of everything but the backbone", least=0)
+    batch_size: int = flag(2, "images per process", least=1)
     weight_decay: float = flag(1e-4, "AdamW's weight decay")
-    epochs: int = flag(300, "passes over the training data")
-    lr_drop: int = flag(200, "epoch after which a step schedule divides the learning rates by ten")
-    lr_schedule: str = flag("step", "'step' drops once at --lr_drop; 'cosine' falls smoothly to zero at --epochs",
+    epochs: int = flag(300, "passes over the training data", least=1)
+    lr_drop: int = flag(200, "epochs after which a step schedule divides the learning rates by ten, each time", least=1)
+    lr_schedule: str = flag("step", "'step' drops every --lr_drop epochs; 'cosine' falls smoothly to zero at --epochs",
                             ("step", "cosine"))
-    warmup_steps: int = flag(0, "optimizer steps over which the learning rates rise from zero")
+    warmup_steps: int = flag(0, "optimizer steps over which the learning rates rise from zero", least=0)
     clip_max_norm: float = flag(0.1, "largest gradient norm; larger gradients are scaled down, 0 leaves them")
     ema_decay: float = flag(0.0, "evaluate and save an exponential moving average of the weights too; 0 keeps none")
-    amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32",
-                    ("off", "bf16"))
+    amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32. 'auto' is "
+                    "'bf16' where the processor has it, said at start", ("off", "bf16", "auto"))
     seed: int = flag(42, "seed of weights, augmentation and order")
-    eval_every: int = flag(1, "epochs between evaluations; the last epoch is always evaluated")
+    eval_every: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class RunConfig:
     start_epoch: int = flag(0, "epoch to begin with; --resume sets it")
     eval: bool = flag(False, "evaluate and stop")
     backbone_weights: str | None = flag(None, "file with ImageNet weights of the backbone")
-    num_workers: int = flag(2, "processes that read images")
+    num_workers: int = flag(2, "processes that read images", least=0)
     world_size: int = flag(1, "number of processes; torchrun sets it")
     dist_url: str = flag("env://", "where processes meet; torchrun sets it")
     tensorboard: bool = flag(False, "write TensorBoard events to the output folder")
@@ -105,10 +106,12 @@ class RunConfig:
 
 
 def validate(config: Any) -> None:
-    """Refuse values outside a field's choices, naming the flag."""
+    """Refuse values outside a field's choices or below its least, naming the flag."""
     for field in dataclasses.fields(config):
-        choices = field.metadata.get("choices")
+        choices, least = field.metadata["choices"], field.metadata["least"]
         value = getattr(config, field.name)
+        if least is not None and not value >= least:
+            raise ValueError(f"--{field.name} {value}: it must be at least {least}")
         if choices and value not in choices:
             raise ValueError(f"--{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
 
@@ -162,7 +165,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """``"; did you mean X?"`` for the name most like ``name``, or nothing."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 

@@ -56,11 +56,11 @@ class FocalLabelLoss:
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
                  num_boxes: Tensor) -> dict[str, Tensor]:
         logits = outputs["pred_logits"]                                                         # [B, Q, C]
-        index, labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
+        (image, query), labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
         classes = torch.zeros_like(logits)
-        classes[(*index, labels)] = 1
+        classes[image, query, labels] = 1
         return {"loss_ce": sigmoid_focal_loss(logits, classes, self.alpha).sum() / num_boxes,
-                "class_error": class_error(logits[index].detach(), labels)}
+                "class_error": class_error(logits[image, query].detach(), labels)}
 
 
 def class_error(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -28,9 +28,6 @@ def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma:
     return (positive - negative).gather(2, labels[:, None].expand(-1, prob.shape[1], -1))
 
 
-CLASS_COSTS = {"softmax": softmax_class_cost, "focal": focal_class_cost}
-
-
 class HungarianMatcher(nn.Module):
     """The one-to-one assignment of queries to objects with the least total cost, image by image.
 
@@ -40,13 +37,13 @@ class HungarianMatcher(nn.Module):
     """
 
     def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1,
-                 class_loss: str = "softmax") -> None:
+                 class_cost: Callable[[Tensor, Tensor], Tensor] = softmax_class_cost) -> None:
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError("all matching costs are 0; give --set_cost_class, --set_cost_bbox or --set_cost_giou a "
                              "weight")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.class_cost = CLASS_COSTS[class_loss]
+        self.class_cost = class_cost
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: Sequence[Target]) -> Match:

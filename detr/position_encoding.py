@@ -75,6 +75,9 @@ class PositionEmbeddingLearned(nn.Module):
 
 def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
     """``sine`` (normalised) or ``learned``, for tokens of ``hidden_dim`` channels."""
+    if hidden_dim % 4:
+        raise ValueError(f"--hidden_dim {hidden_dim}: positions share it between x and y, sine and cosine, so it must "
+                         f"divide by 4")
     if name == "sine":
         return PositionEmbeddingSine(hidden_dim // 2, normalize=True)
     if name == "learned":

@@ -13,7 +13,8 @@ DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
 
 @dataclass(frozen=True)
 class Preset:
-    """Architecture, recipe and data pipeline; ``num_classes`` is that of the published weights at ``url``."""
+    """Architecture, recipe and data pipeline; ``num_classes`` is what it has without data, which is that of the
+    published weights at ``url`` where there are some."""
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
@@ -39,6 +40,6 @@ PRESETS: dict[str, Preset] = {
                            enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
                            num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=12, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
-                    amp="bf16", eval_every=4),
+                    amp="auto", eval_every=4),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
 }

@@ -33,6 +33,7 @@ class Criterion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.weight_dict = {"loss_y": 2}
         self.modes: list[tuple[bool, bool]] = []
 
     def forward(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -76,7 +77,8 @@ def test_steps_and_averages():
                         after_step=lambda: seen.append(model.weight.detach().clone()))
     assert [w.tolist() for w in seen] == [pytest.approx([0.9, 1.9]), pytest.approx([0.75, 1.75])]   # lr 0.1, then 0.05
     first, second = (1 + 2) / 2, 3 * (0.9 + 1.9) / 2
-    assert averages == pytest.approx({"loss_y": (first + second) / 2, "images": 1.5, "loss": first + second,
+    assert averages == pytest.approx({"loss_y": first + second, "images": 1.5, "loss": first + second,
+                                      "loss_y_unscaled": (first + second) / 2, "images_unscaled": 1.5,
                                       "grad_norm": (math.sqrt(2) + math.sqrt(18)) / 2, "lr": 0.075})
     assert all(type(value) is float for value in averages.values())
 
@@ -112,7 +114,7 @@ def test_bf16():
     averages, _ = train([batch(1, value=1.001)], model, criterion, amp="bf16")
     assert model.modes == [(True, True, True)] and criterion.modes == [(True, False)]               # losses: float32
     assert model.weight.dtype == model.weight.grad.dtype == torch.float32
-    assert averages["loss_y"] == pytest.approx(1.5, rel=1e-2) and averages["loss_y"] != 1.5 * 1.001
+    assert averages["loss_y"] == pytest.approx(3, rel=1e-2) and averages["loss_y"] != 3 * 1.001
 
 
 def test_bf16_of_a_real_model():
@@ -132,8 +134,7 @@ def test_a_loss_that_is_no_number(value, shown):
     batches = [batch(1, 2), batch(7, 8, factor=value), batch(9)]
     with pytest.raises(NonFiniteError) as error:
         train(batches, model)
-    assert str(error.value).startswith(f"loss_y = {shown}, loss = {shown} at epoch 3, step 1, images [7, 8]: training "
-                                       f"was stopped")
+    assert str(error.value).startswith(f"loss = {shown}, loss_y = {shown} at epoch 3, step 1, images [7, 8]: stopped")
     assert "--lr" in str(error.value)
     assert model.weight.tolist() == pytest.approx([0.9, 1.9])                   # as the step before left them
 
@@ -151,7 +152,7 @@ def test_a_gradient_that_is_no_number():
 
 def test_predictions_that_are_no_numbers():
     """What the matcher finds is told with step and images."""
-    model, criterion, _ = build_small("tiny_detr")
+    model, criterion, _ = build_small("detr_resnet50")
     nn.init.constant_(model.class_embed.weight, math.nan)
     truth = [target | {"image_id": torch.tensor([70 + i])} for i, target in enumerate(targets(2, 1))]
     with pytest.raises(NonFiniteError, match=r"not finite: pred_logits of image 0, pred_logits of image 1; at epoch 3, "
@@ -179,7 +180,8 @@ def test_evaluation():
     evaluators = [Evaluator(ap=0.5), Evaluator(pq=[1, 2])]
     batches = [batch(1, 2), batch(5, value=3.0)]
     results = evaluate(model, criterion, {"bbox": PostProcess()}, batches, 2, evaluators, CPU)
-    assert results == {"loss_y": 3.0, "images": 1.5, "loss": 6.0, "ap": 0.5, "pq": [1, 2]}
+    assert results == {"loss_y": 6.0, "images": 1.5, "loss": 6.0, "loss_y_unscaled": 3.0, "images_unscaled": 1.5,
+                       "ap": 0.5, "pq": [1, 2]}
     for evaluator in evaluators:                                                # each image once, under its own id
         assert [list(predictions) for predictions in evaluator.seen] == [[1, 2], [5]]
         assert all(type(i) is int for predictions in evaluator.seen for i in predictions)

@@ -1,7 +1,6 @@
 """The names that PyTorch Hub users know."""
 import pytest
 import torch
-
 from conftest import ROOT
 
 NAMES = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5", "detr_resnet50_panoptic",

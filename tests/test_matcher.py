@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr.matcher import CLASS_COSTS, HungarianMatcher
+from detr.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
 from detr.structures import NonFiniteError
 
 Q, C = 6, 4
@@ -50,7 +50,7 @@ def pair_cost(logits: list[float], box: list[float], label: int, true: list[floa
 @pytest.mark.filterwarnings("ignore:.*no query to match")
 def test_no_assignment_is_cheaper(weights, focal, objects, queries):
     predicted, true = outputs(1, queries, C if focal else C + 1), targets(objects)
-    matcher = HungarianMatcher(*weights, class_loss="focal" if focal else "softmax")
+    matcher = HungarianMatcher(*weights, focal_class_cost if focal else softmax_class_cost)
     (query, obj), = matcher(predicted, true)
     cost = [[pair_cost(logits, box, label, box_t, weights, focal)
              for label, box_t in zip(true[0]["labels"].tolist(), true[0]["boxes"].tolist())]
@@ -66,7 +66,7 @@ def test_no_assignment_is_cheaper(weights, focal, objects, queries):
 @pytest.mark.parametrize("focal", [False, True])
 def test_class_costs(focal):
     predicted, true = outputs(2, logits=C), targets(3, 3)
-    cost = CLASS_COSTS["focal" if focal else "softmax"](predicted["pred_logits"],
+    cost = (focal_class_cost if focal else softmax_class_cost)(predicted["pred_logits"],
                                                         torch.stack([target["labels"] for target in true]))
     expected = [[[pair_cost(logits, [0, 0, 1, 1], label, [0, 0, 1, 1], (1, 0, 0), focal)
                   for label in target["labels"].tolist()] for logits in image]
@@ -157,9 +157,12 @@ def test_ground_truth_that_is_no_number():
         HungarianMatcher()(outputs(2), true)
 
 
+COSTS = {"softmax": softmax_class_cost, "focal": focal_class_cost}
+
+
 @pytest.mark.parametrize("label, class_loss", [(C, "softmax"), (C + 1, "softmax"), (-1, "softmax"), (C + 1, "focal")])
 def test_labels_out_of_range(label, class_loss):
-    true, matcher = targets(3, 2), HungarianMatcher(class_loss=class_loss)
+    true, matcher = targets(3, 2), HungarianMatcher(class_cost=COSTS[class_loss])
     classes = C if class_loss == "softmax" else C + 1
     true[1]["labels"][0] = label
     rest = (f"has the labels \\[{label}\\], and the model's classes are 0 to {classes - 1}; "

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from detr.backbone import IMAGENET_URLS, build_backbone, freeze_published, resize_mask
+from detr.backbone import IMAGENET_URLS, build_backbone, freeze, resize_mask
 from detr.backbone.resnet import SIZES, FrozenBatchNorm2d, ResNet, group_norm
 from detr.nested_tensor import nested_tensor_from_tensor_list
 
@@ -35,10 +35,11 @@ def maps_of(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return maps
 
 
-def close(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def close(ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-4) -> None:
+    """``tolerance`` is of the largest value: ours computes channels last, which rounds in another order."""
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected):
-        torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=0)
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("name, dilation", [(name, False) for name in PUBLISHED] + [("resnet50", True)])
@@ -57,9 +58,9 @@ def test_trainable_batch_norm(name):
     ours = ResNet(name, norm="batch").train()
     ours.load_state_dict(reference.state_dict(), strict=True)
     images = torch.randn(2, 3, 64, 64)
-    close(ours(images), maps_of(reference, images))
+    close(ours(images), maps_of(reference, images), tolerance=1e-3)         # few values a channel: their scale enlarges
     for key, value in reference.state_dict().items():           # the running statistics moved alike
-        torch.testing.assert_close(ours.state_dict()[key], value, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-4, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_frozen_batch_norm():
@@ -131,15 +132,16 @@ def test_groups():
     assert [group_norm(n).num_groups for n in (8, 32, 64, 256, 2048)] == [1, 4, 8, 32, 32]
 
 
-@pytest.mark.parametrize("all_levels", [False, True])
+@pytest.mark.parametrize("levels", [(-1,), (0, 1, 2, 3), (-1, -2)])
 @torch.no_grad()
-def test_levels(all_levels):
-    backbone = build_backbone("resnet18", "frozen", dilation=False, all_levels=all_levels)
+def test_levels(levels):
+    backbone = build_backbone("resnet18", "frozen", dilation=False, levels=levels)
     batch = nested_tensor_from_tensor_list([torch.randn(3, 50, 96), torch.randn(3, 80, 40)])
     maps = backbone(batch)
-    strides = [4, 8, 16, 32] if all_levels else [32]
+    strides = [(4, 8, 16, 32)[i] for i in levels]
     assert list(maps) == [str(i) for i in range(len(strides))] and backbone.strides == strides
-    everything = backbone.body(batch.tensors)[-len(strides):]
+    every = backbone.body(batch.tensors)
+    everything = [every[i] for i in levels]
     for level, stride, channels, expected in zip(maps.values(), strides, backbone.channels, everything):
         assert torch.equal(level.tensors, expected)
         assert level.tensors.shape == (2, channels, -(-80 // stride), -(-96 // stride))
@@ -158,11 +160,11 @@ def test_mask_is_resized_by_nearest_rounded_down(small):
 
 def test_what_is_frozen_of_a_published_backbone():
     backbone = build_backbone("resnet18", "batch", dilation=False)
-    freeze_published(backbone, train=True)
+    freeze(backbone, from_scratch=False, lr_backbone=1e-5)
     frozen = {name.split(".")[0] for name, p in backbone.body.named_parameters() if not p.requires_grad}
     trained = {name.split(".")[0] for name, p in backbone.body.named_parameters() if p.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1"} and trained == {"layer2", "layer3", "layer4"}
-    freeze_published(backbone, train=False)
+    freeze(backbone, from_scratch=False, lr_backbone=0)
     assert not any(p.requires_grad for p in backbone.parameters())
 
 

@@ -44,8 +44,14 @@ def torchrun(program: Path, *flags: str | Path, processes: int = 2) -> subproces
 
 
 def alone(*flags: str | Path) -> dict:
-    with redirect_stdout(io.StringIO()):
-        return main.main(main.get_args_parser().parse_args(list(map(str, flags))))
+    """In this process, with as many threads as torchrun's have: another number adds in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            return main.main(main.get_args_parser().parse_args(list(map(str, flags))))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def test_evaluation_gives_the_numbers_of_one_process(folder):
     results = [(folder / name / "results.json").read_text() for name in ("together", "alone")]
     assert results[0] == results[1]
     assert len({row["image_id"] for row in json.loads(results[0])}) == 7
-    assert len(json.loads(results[0])) == 7 * 10                                # no image twice
+    assert len(json.loads(results[0])) == 7 * 10 * 2                            # queries and classes; no image twice
     curves = [torch.load(folder / name / "eval" / "latest.pth", weights_only=False) for name in ("together", "alone")]
     assert (curves[0]["precision"] == curves[1]["precision"]).all()
     assert done.stdout.count("changed since") == done.stdout.count("--batch_size 1 (was 2)") == 1

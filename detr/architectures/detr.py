@@ -33,7 +33,12 @@ class DETRConfig(ModelConfig):
     eos_coef: float = flag(0.1, "weight of the 'no object' class in the class loss")
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
+        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``.
+
+        ``frozen_weights`` freezes all but the mask head; loading that file is left to the caller.
+        """
+        if self.frozen_weights and not self.masks:
+            raise ValueError("--frozen_weights is for training a mask head on a fixed detector: add --masks")
         backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, (0, 1, 2, 3) if self.masks else (-1,))
         freeze(backbone, self.from_scratch, self.lr_backbone)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)

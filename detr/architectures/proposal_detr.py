@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ..config import ModelConfig, flag
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
 from ..losses import FocalLabelLoss, box_loss
-from ..matcher import HungarianMatcher
+from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding, encode_boxes
@@ -48,7 +49,8 @@ class ProposalDETRConfig(ModelConfig):
         transformer = ProposalTransformer(layer, self.enc_layers, self.dec_layers, num_classes, self.num_queries,
                                           fine_channels=channels(backbone)[1])
         model = ProposalDETR(nn.Sequential(backbone, position), transformer, self.aux_loss)
-        matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou, "focal")
+        matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
+                                   partial(focal_class_cost, alpha=self.focal_alpha))
         criterion = SetCriterion(matcher, [FocalLabelLoss(self.focal_alpha), box_loss], self.weights())
         return model, criterion, {"bbox": PostProcessTopK()}
 
@@ -82,7 +84,7 @@ class Proposals(nn.Module):
     """Every place of the fine map proposes a box around its centre; the most promising ones become queries."""
 
     SIDE = 0.15                 # of a proposal before the head changes it: fraction of the image
-    INVALID = -1e4              # class logits of padding, never chosen while there is anything else
+    INVALID = -20.0             # class logits of padding: chosen only where there is nothing else, and then scored 2e-9
 
     def __init__(self, d_model: int, fine_channels: int, num_classes: int, num_queries: int) -> None:
         super().__init__()
@@ -100,8 +102,8 @@ class Proposals(nn.Module):
         return torch.stack([x, y, side, side], dim=-1).flatten(1, 2)
 
     def forward(self, memory: Tensor, fine: NestedTensor) -> tuple[Outputs, Tensor, Tensor, Tensor]:
-        """``memory [B, D, H, W]`` and the finer map -> all proposals; and of the best ``num_queries`` (of all, where there
-        are fewer) content ``[B, Q, D]``, boxes ``[B, Q, 4]``, and which of them are padding ``[B, Q]``."""
+        """``memory [B, D, H, W]`` and the finer map -> all proposals; and of the best ``num_queries`` (of all, where
+        there are fewer) content ``[B, Q, D]``, boxes ``[B, Q, 4]``, and which of them are padding ``[B, Q]``."""
         joined = F.interpolate(memory, size=fine.tensors.shape[-2:], mode="nearest") + self.lateral(fine.tensors)
         content = self.content(self.norm(joined.flatten(2).mT))                                 # [B, S, D]
         padding = fine.mask.flatten(1)
@@ -130,8 +132,8 @@ class ProposalDecoder(nn.Module):
 
     def forward(self, content: Tensor, reference: Tensor, query_mask: Tensor, memory: Tensor, memory_key: Tensor,
                 mask: Tensor) -> list[Outputs]:
-        """Queries' content ``[B, Q, D]``, boxes ``[B, Q, 4]`` and which of them are none ``[B, Q]``; tokens ``[B, S, D]``,
-        with positions added as keys, and their padding -> what each layer says."""
+        """Queries' content ``[B, Q, D]``, boxes ``[B, Q, 4]`` and which of them are none ``[B, Q]``; tokens
+        ``[B, S, D]``, with positions added as keys, and their padding -> what each layer says."""
         layers: list[Outputs] = []
         for layer in self.layers:
             position = self.position(encode_boxes(reference, content.shape[-1] // 2).to(content.dtype))

@@ -542,7 +542,7 @@ class Log:
 
 @torch.no_grad()
 def picture_of_detections(model: nn.Module, judge: Judge, preprocessing: Preprocessing, folder: Path,
-                          device: torch.device, count: int = 6, threshold: float = 0.5) -> None:
+                          device: torch.device, count: int = 6, threshold: float = 0.4) -> None:
     """``detections.png``: what the model sees on a few validation images, next to the ground truth."""
     data = judge.validation
     names = {category.label: category.name for category in data.categories}

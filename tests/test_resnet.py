@@ -45,22 +45,22 @@ def close(ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: flo
 @pytest.mark.parametrize("name, dilation", [(name, False) for name in PUBLISHED] + [("resnet50", True)])
 @torch.no_grad()
 def test_torchvision(name, dilation):
-    reference = theirs(name, FROZEN, dilation).eval()
-    ours = ResNet(name, dilation=dilation).eval()
+    reference = theirs(name, FROZEN, dilation).eval().double()
+    ours = ResNet(name, dilation=dilation).eval().double()
     ours.load_state_dict(reference.state_dict(), strict=True)
-    images = torch.randn(2, 3, 65, 97)
-    close(ours(images), maps_of(reference, images))
+    images = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    close(ours(images), maps_of(reference, images), tolerance=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_trainable_batch_norm(name):
-    reference = theirs(name, nn.BatchNorm2d).train()
-    ours = ResNet(name, norm="batch").train()
+    reference = theirs(name, nn.BatchNorm2d).train().double()   # few values a channel enlarge float32's rounding
+    ours = ResNet(name, norm="batch").train().double()
     ours.load_state_dict(reference.state_dict(), strict=True)
-    images = torch.randn(2, 3, 64, 64)
-    close(ours(images), maps_of(reference, images), tolerance=1e-3)         # few values a channel: their scale enlarges
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    close(ours(images), maps_of(reference, images), tolerance=1e-9)
     for key, value in reference.state_dict().items():           # the running statistics moved alike
-        torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-4, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-9, rtol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_frozen_batch_norm():

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from definitions import giou
 from torch import Tensor
 
 from detr.losses import (
@@ -38,14 +39,6 @@ def targets(counts=(2, 0, 3)) -> list[dict[str, Tensor]]:
     return [{"labels": torch.randint(C, (n,)), "boxes": torch.rand(n, 4) * 0.5 + 0.1,
              "masks": torch.rand(n, h, w) > 0.6}
             for n, (h, w) in zip(counts, ((9, 12), (11, 5), (8, 14)))]
-
-
-def giou(a: list[float], b: list[float]) -> float:
-    (al, at, ar, ab), (bl, bt, br, bb) = ((x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
-    inter = max(0, min(ar, br) - max(al, bl)) * max(0, min(ab, bb) - max(at, bt))
-    union = (ar - al) * (ab - at) + (br - bl) * (bb - bt) - inter
-    hull = (max(ar, br) - min(al, bl)) * (max(ab, bb) - min(at, bt))
-    return inter / union - (hull - union) / hull
 
 
 def test_labels():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from definitions import giou
 from torch import Tensor
 
 from detr.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
@@ -23,14 +24,6 @@ def targets(*counts: int, seed: int = 1) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"labels": torch.randint(C, (n,), generator=generator),
              "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.1} for n in counts]
-
-
-def giou(a: list[float], b: list[float]) -> float:
-    (al, at, ar, ab), (bl, bt, br, bb) = ((x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
-    inter = max(0, min(ar, br) - max(al, bl)) * max(0, min(ab, bb) - max(at, bt))
-    union = (ar - al) * (ab - at) + (br - bl) * (bb - bt) - inter
-    hull = (max(ar, br) - min(al, bl)) * (max(ab, bb) - min(at, bt))
-    return inter / union - (hull - union) / hull
 
 
 def pair_cost(logits: list[float], box: list[float], label: int, true: list[float], weights, focal: bool) -> float:

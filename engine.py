@@ -95,6 +95,7 @@ def image_ids(targets: Sequence[Target]) -> list[int]:
 
 
 def to_device(samples: NestedTensor, targets: Sequence[Target], device: torch.device) -> Batch:
+    """A batch, and all tensors of its targets, on ``device``."""
     return (samples.to(device, non_blocking=True),
             [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets])
 

@@ -394,6 +394,7 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 
 def canonical(data: Any) -> bytes:
+    """The one way to write ``data`` as json, for checksums."""
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -119,6 +119,7 @@ def draw(low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
+    """``hflip`` with probability ``p``."""
     p: float = 0.5
 
     def __call__(self, image: Image, target: Target) -> tuple[Image, Target]:

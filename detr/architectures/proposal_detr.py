@@ -2,11 +2,11 @@
 
 DETR's queries are learned once for all images, and its boxes are absolute; its authors train it for 300 to 500 epochs
 (section 4). Here every place of a map proposes a box around itself, the best proposals become the queries, and each
-decoder layer refines their boxes: two-stage Deformable DETR with box refinement (Zhu et al., 2021, section 4.2), but with DETR's
-dense attention. Proposals are made on the backbone's next finer map, joined by the encoder's memory from above (Lin et
-al., 2017, feature pyramids), since small objects need its resolution and attention could not afford it. Boxes change
-relative to their own size (Girshick et al., 2014, appendix C), and classes are scored one by one with the focal loss
-(Lin et al., 2017), without "no object".
+decoder layer refines their boxes: two-stage Deformable DETR with box refinement (Zhu et al., 2021, section 4.2), but
+with DETR's dense attention. Proposals are made on the backbone's next finer map, joined by the encoder's memory from
+above (Lin et al., 2017, feature pyramids), since small objects need its resolution and attention could not afford it.
+Boxes change relative to their own size (Girshick et al., 2014, appendix C), and classes are scored one by one with the
+focal loss (Lin et al., 2017), without "no object".
 """
 from __future__ import annotations
 

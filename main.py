@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,15 +20,15 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset, build_evaluators, collate
-from datasets.images import read_image
 from datasets.sampler import EvaluationShard, TrainingSampler
 from datasets.synthetic import synthetic_data
 from datasets.transforms import Preprocessing, eval_transforms, make_transforms
 from detr import checkpoint, config, distributed, visualize
+from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
-from detr.architectures.proposal_detr import ProposalDETRConfig
 from detr.backbone import IMAGENET_URLS, body_of
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.presets import ARCHITECTURES, PRESETS
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, train_one_epoch
@@ -45,7 +46,9 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef")),
     ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
     ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
-    ("losses of models with proposals", ProposalDETRConfig, ("cls_loss_coef", "focal_alpha")),
+    ("Deformable DETR and models with proposals", DeformableDETRConfig,
+     ("with_box_refine", "two_stage", "num_feature_levels", "enc_n_points", "dec_n_points", "position_embedding_scale",
+      "cls_loss_coef", "focal_alpha", "lr_backbone_names", "lr_linear_proj_names", "lr_linear_proj_mult")),
 ]
 
 # What a training leaves in its folder.
@@ -129,11 +132,14 @@ def settle(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
     for part, base in parts.items():
         known = {field.name for field in dataclasses.fields(base)}
-        old = {k: v for k, v in remembered.get(part, {}).items() if k in known}
+        old = config.with_tuples({k: v for k, v in remembered.get(part, {}).items() if k in known})
         if strange := sorted(set(remembered.get(part, {})) - known):
             say(f"{args.resume}: its settings {', '.join(strange)} are unknown to this version and have no effect")
         new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in known}
-        changed = [f"--{k} {v} (was {old[k]})" for k, v in new.items() if k in old and old[k] != v]
+        if "lr_drop" in new:
+            new.setdefault("lr_drop_epochs", None)                      # it takes the place of preset's or checkpoint's
+        changed = [f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
+                   if k in old and old[k] != v]
         if changed:
             say(f"changed since {args.resume}: {', '.join(changed)}")
         parts[part] = config.replace(base, old | new)
@@ -149,23 +155,37 @@ def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
 
 def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
     """The preset of a checkpoint that says nothing of its configuration: ``detr_resnet50`` where its shapes fit."""
-    heads = [weight for name, weight in state_dict.items() if name.endswith("class_embed.weight")]
-    if not heads:
+    if class_rows(state_dict) is None:
         raise ValueError(f"{source} has no class_embed.weight: it is not a DETR checkpoint")
-
-    def fits(name: str, num_classes: int) -> bool:
-        with torch.device("meta"):
-            model = PRESETS[name].model.build(num_classes)[0]
-        found = checkpoint.differences(model, state_dict)
-        return not (found.missing or found.unexpected or found.wrong_shape)
-
-    rows = len(heads[0])                                            # one more than classes where "no object" is one
-    fitting = [name for name in PRESETS if fits(name, rows - 1) or fits(name, rows)]
+    fitting = [name for name, preset in PRESETS.items() if classes_that_fit(preset.model, state_dict) is not None]
     if "detr_resnet50" in fitting:
         return "detr_resnet50"
     raise ValueError(f"{source} has no configuration inside, and does not fit detr_resnet50. "
                      + (f"It fits --model {' or --model '.join(fitting)}" if fitting else
                         f"It fits none of {', '.join(PRESETS)} either; give --model and the flags it was trained with"))
+
+
+def class_rows(state_dict: dict[str, Any]) -> int | None:
+    """Rows of a checkpoint's class head: ``class_embed.weight``, or ``class_embed.0.weight`` where each decoder layer
+    has its own."""
+    return next((len(weight) for name, weight in state_dict.items()
+                 if re.search(r"(^|\.)class_embed(\.\d+)?\.weight$", name)), None)
+
+
+def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> int | None:
+    """With how many classes a model has exactly the names and shapes of a checkpoint; None: with no number."""
+    rows = class_rows(state_dict) or 0
+    for num_classes in (rows, rows - 1):                            # one row more where "no object" has one
+        if num_classes < 1:
+            break
+        with torch.device("meta"):
+            model = model_config.build(num_classes)[0]
+        found = checkpoint.differences(model, state_dict)
+        if found.missing or found.unexpected:
+            break
+        if not found.wrong_shape:
+            return num_classes
+    return None
 
 
 def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
@@ -177,6 +197,8 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "build_model('detr_resnet50_panoptic') gives the model")
     if data.remove_difficult:
         raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
+    refuse_drops(settings.train, typed)
+    refuse_other_optimizer(settings)
     for flag, useless, why in without_effect(settings):
         if flag in typed and useless:
             raise ValueError(f"--{flag} has no effect {why}; leave it out")
@@ -198,12 +220,40 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "checkpoint, so leave it out")
 
 
+def refuse_drops(train: TrainConfig, typed: dict[str, Any]) -> None:
+    """Drops of the learning rate that contradict each other or never come."""
+    if "lr_drop" in typed and "lr_drop_epochs" in typed:
+        raise ValueError("--lr_drop and --lr_drop_epochs are two ways to say when the learning rates drop; choose one")
+    drops = train.lr_drop_epochs or ()
+    if any(later <= earlier for earlier, later in zip(drops, drops[1:])):
+        raise ValueError(f"--lr_drop_epochs {config.shown(drops)}: each must be greater than the one before; "
+                         f"give --lr_drop_epochs {config.shown(tuple(sorted(set(drops))))}")
+    if "lr_drop_epochs" in typed and train.lr_schedule == "step" and drops and drops[-1] >= train.epochs:
+        raise ValueError(f"--lr_drop_epochs {config.shown(drops)}: a drop after {drops[-1]} epochs has no effect, since "
+                         f"training ends after --epochs {train.epochs}; leave it out, or give more --epochs")
+
+
+def refuse_other_optimizer(settings: Settings) -> None:
+    """A training that goes on with the state of another optimizer than it had."""
+    resumed, source, sgd = settings.resumed or {}, settings.run.resume, settings.train.sgd
+    if settings.run.eval or not {"optimizer", "epoch"} <= resumed.keys():
+        return
+    was_sgd = any("nesterov" in group for group in resumed["optimizer"]["param_groups"])        # an option SGD alone has
+    if was_sgd != sgd:
+        was, now, remedy = ("SGD", "AdamW", "add --sgd") if was_sgd else ("AdamW", "SGD", "leave --sgd out")
+        raise ValueError(f"{source} was trained with {was}, whose state means nothing to {now}: {remedy}; or begin anew "
+                         f"with its weights alone: torch.save({{'model': torch.load({source!r})['model']}}, FILE) and "
+                         f"--resume FILE")
+
+
 def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     """Flags, whether they are useless with these settings, and why."""
     train, data, run = settings.train, settings.data, settings.run
     exact = "x" in data.image_size
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
             ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
+            ("lr_drop_epochs", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
+            ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
             ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]
 
@@ -278,6 +328,20 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
+def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or with ``--sgd`` SGD with momentum, as published for Deformable DETR. Each group has its learning rate."""
+    if train.sgd:
+        return torch.optim.SGD(groups, lr=train.lr, momentum=0.9, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
+
+
+def drops_before(epoch: int, train: TrainConfig) -> int:
+    """How often a step schedule has divided the learning rates by ten when ``epoch`` begins."""
+    if train.lr_drop_epochs is None:
+        return epoch // train.lr_drop
+    return sum(drop <= epoch for drop in train.lr_drop_epochs)
+
+
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps_per_epoch: int,
                            first_epoch: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The factor of all learning rates as a function of the optimizer step alone, so that resuming needs no memory."""
@@ -285,7 +349,7 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig,
         warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         if train.lr_schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (train.epochs * steps_per_epoch))))
-        return warm * 0.1 ** (step // steps_per_epoch // train.lr_drop)
+        return warm * 0.1 ** drops_before(step // steps_per_epoch, train)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=first_epoch * steps_per_epoch - 1)
@@ -348,13 +412,16 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     def dataset(split: str, categories: list[Category] | None) -> Any:
         transforms = make_transforms(split, preprocessing, scales=None if data.multi_scale else (size,),
                                      crop=data.random_crop)
-        return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories)
+        return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories,
+                             cache_mode=data.cache_mode and not settings.run.eval)
 
     training = None if settings.run.eval else dataset("train", settings.categories)
     validation = dataset("val", training.categories if training else settings.categories)
     torch.manual_seed(train.seed)
     model, criterion, postprocessors = build(settings, validation.num_classes)
     model, criterion = model.to(device), criterion.to(device)
+    if paths := {choose_path(device, module.path) for module in model.modules() if isinstance(module, MSDeformAttn)}:
+        say(f"deformable attention: the {' and the '.join(sorted(paths))} path")
     judge = Judge(validation, criterion, postprocessors, settings, device)
     folder = output_folder(settings)
     if training is None:
@@ -416,8 +483,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     if len(loader) == 0:
         raise ValueError(f"--batch_size {train.batch_size} on {distributed.world_size()} processes needs more than the "
                          f"{len(training)} training images; lower it")
-    optimizer = torch.optim.AdamW(settings.model.parameter_groups(model, train.lr), lr=train.lr,
-                                  weight_decay=train.weight_decay)
+    optimizer = make_optimizer(settings.model.parameter_groups(model, train.lr), train)
     ema = moving_average(model, train.ema_decay) if train.ema_decay else None
     first_epoch = restore(settings, model, optimizer, ema)
     schedule = learning_rate_schedule(optimizer, train, len(loader), first_epoch)
@@ -481,8 +547,10 @@ def restore(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         optimizer.load_state_dict(resumed["optimizer"])
     except ValueError as error:
+        flags = [f"--{name}" for name in ("lr_backbone", "from_scratch", "lr_backbone_names", "lr_linear_proj_names")
+                 if hasattr(settings.model, name)]
         raise ValueError(f"{run.resume}: its optimizer does not fit the parameters that train now ({error}); resume "
-                         f"with the same --lr_backbone and --from_scratch as before") from None
+                         f"with the same {', '.join(flags)} as before") from None
     for group, (lr, weight_decay) in zip(optimizer.param_groups, wanted):
         group["lr"], group["weight_decay"] = lr, weight_decay
     if ema is not None:
@@ -502,7 +570,7 @@ def save_checkpoints(folder: Path, state: dict[str, Any], train: TrainConfig, ep
     """``checkpoint.pth`` is always the newest; one more stays from before each drop of the learning rate, and from
     every hundredth epoch, as published."""
     checkpoint.save(folder / "checkpoint.pth", state)
-    drops = train.lr_schedule == "step" and (epoch + 1) % train.lr_drop == 0
+    drops = train.lr_schedule == "step" and drops_before(epoch + 1, train) > drops_before(epoch, train)
     if drops or (epoch + 1) % 100 == 0:
         checkpoint.save(folder / f"checkpoint{epoch:04}.pth", state)
 
@@ -549,7 +617,7 @@ def picture_of_detections(model: nn.Module, judge: Judge, preprocessing: Preproc
     with_objects = [i for i in range(len(data)) if len(data.target(i)["labels"])] or list(range(len(data)))
     rows = []
     for i in with_objects[::max(1, len(with_objects) // count)][:count]:
-        image, target = read_image(data.image_folder / data.files[i]), data.target(i)
+        image, target = data.image(i), data.target(i)
         tensor, _ = eval_transforms(preprocessing)(image, {})
         found = judge.postprocessors["bbox"](model([tensor.to(device)]), target["orig_size"][None].to(device))[0]
         found = {name: value[found["scores"] > threshold].cpu() for name, value in found.items()}

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.file_cache import FileCache
 from datasets.images import read_image
 from detr.distributed import is_main
 from detr.structures import Category, Target
@@ -51,7 +53,7 @@ class CocoDetection(Dataset):
     Without ``transforms`` the image is a PIL image and the target's boxes are corners in its pixels; the lists of
     ``datasets.transforms`` turn them into what models take. Boxes are clipped to the image. Crowd annotations and boxes
     that have no width or height are no objects, and are counted in a printed line; images without objects stay.
-    ``return_masks`` adds ``masks``.
+    ``return_masks`` adds ``masks``. ``cache_mode`` keeps the image files in memory, see ``FileCache``.
 
     ``categories`` is the class table to use; the file's categories must be among it. Without it the table is the
     file's own, see ``class_table``. Raises FileNotFoundError where a folder, file or image is missing and ValueError
@@ -59,7 +61,8 @@ class CocoDetection(Dataset):
     """
 
     def __init__(self, image_folder: str | Path, annotation_file: str | Path, transforms: Transforms | None = None,
-                 return_masks: bool = False, categories: Sequence[Category] | None = None) -> None:
+                 return_masks: bool = False, categories: Sequence[Category] | None = None,
+                 cache_mode: bool = False) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
@@ -78,6 +81,10 @@ class CocoDetection(Dataset):
             empty = int((self._starts.diff() == 0).sum())
             print(f"{self.annotation_file}: {len(self)} images ({empty} without objects, kept), {len(self._labels)} "
                   f"objects of {len(self.categories)} classes" + "".join(f"; {note}" for note in notes), flush=True)
+        self._cache: FileCache | None = None
+        if cache_mode:
+            paths = [self.image_folder / name for name in self.files]
+            self._cache = FileCache(paths, str(self.image_folder), unreadable=self.image)
 
     @cached_property
     def coco(self) -> COCO:
@@ -93,11 +100,7 @@ class CocoDetection(Dataset):
         return len(self.ids)
 
     def __getitem__(self, i: int) -> tuple[Any, Target]:
-        try:
-            image = read_image(self.image_folder / self.files[i])
-        except OSError as error:
-            raise type(error)(f"{error} (image id {self.ids[i]} of {self.annotation_file})") from error
-        target = self.target(i)
+        image, target = self.image(i), self.target(i)
         height, width = target["size"].tolist()
         if (image.height, image.width) != (height, width):
             raise ValueError(f"image {self.image_folder / self.files[i]} has {image.width} x {image.height} pixels "
@@ -105,6 +108,13 @@ class CocoDetection(Dataset):
                              f"{height} for image id {self.ids[i]}, so its boxes would be misplaced; correct width, "
                              f"height and boxes there, or copy the file that was annotated here")
         return self.transforms(image, target) if self.transforms else (image, target)
+
+    def image(self, i: int) -> Image:
+        """Image ``i`` before ``transforms``: PIL, RGB, upright. Raises OSError with its name and id."""
+        try:
+            return read_image(self.image_folder / self.files[i], None if self._cache is None else self._cache[i])
+        except OSError as error:
+            raise type(error)(f"{error} (image id {self.ids[i]} of {self.annotation_file})") from error
 
     def target(self, i: int) -> Target:
         """The target of image ``i`` before ``transforms``; boxes are corners in pixels."""

@@ -1,6 +1,7 @@
 """Image files -> RGB, upright, 8 bits: the one way pictures are read, in training, evaluation and prediction."""
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -10,28 +11,30 @@ from PIL import Image, ImageOps
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)    # Pillow's
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image at ``path`` as PIL RGB, 8 bits, as a viewer shows it: EXIF orientation is applied.
 
     Grey, black and white, palette, CMYK and YCbCr files become RGB. Transparency is ignored: a transparent pixel keeps
     the colour that is stored for it, as in the published reader. Grey of 16 bits is scaled from its full range,
-    0..65535, to 0..255. An animation gives its first picture.
+    0..65535, to 0..255. An animation gives its first picture. Where the file's ``content`` is given, the file itself
+    is not opened.
 
     Raises FileNotFoundError where there is no file, and OSError where it is no image, is damaged or is cut short.
     """
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise FileNotFoundError(f"image {path} is not there; correct the path or the name (upper and lower case "
                                 f"differ), or copy the file there")
+    size = path.stat().st_size if content is None else len(content)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             ImageOps.exif_transpose(image, in_place=True)                       # reads the pixels, too
             return _to_rgb(image)
     except Image.UnidentifiedImageError:
-        raise OSError(f"image {path} ({path.stat().st_size} bytes) is not in a format that Pillow reads; copy it "
+        raise OSError(f"image {path} ({size} bytes) is not in a format that Pillow reads; copy it "
                       f"again, convert it to JPEG or PNG, or take it out") from None
     except _DAMAGED as error:
-        raise OSError(f"image {path} ({path.stat().st_size} bytes) cannot be read: {error}; if it is damaged or cut "
+        raise OSError(f"image {path} ({size} bytes) cannot be read: {error}; if it is damaged or cut "
                       f"short, copy it again or take it out") from error
 
 

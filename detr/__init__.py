@@ -8,6 +8,7 @@ Shape letters, everywhere: ``B`` images, ``Q`` queries, ``S`` tokens of a featur
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def build_model(
 
     ``model`` is one of ``list_models()`` and ``flags`` change its configuration, keyword = flag name; or it is what
     ``main.get_args_parser()`` parsed. Flags of training, data and run may stand among them, but have no part in what
-    is built here. ``num_classes`` counts labels from 0, "no object" left out; without it, it is the published number
-    (91; panoptic 250).
+    is built here, and another architecture's flag that is left at its default asks for nothing. ``num_classes`` counts
+    labels from 0, "no object" left out; without it, it is the published number (91; panoptic 250).
 
     Weights are random. Nothing is downloaded unless asked for: ``pretrained=True`` fetches the published weights,
     ``pretrained_backbone=True`` the backbone's ImageNet weights. Raises ValueError for names and flags that do not
@@ -54,10 +55,16 @@ def build_model(
     preset = PRESETS[model]
     if num_classes is None:
         num_classes = 250 if flags.get("dataset_file") == "coco_panoptic" else preset.num_classes
-    own, _ = config.divide(flags, preset.model)
+    defaults = {field.name: field.default for kind in reversed(ARCHITECTURES) for field in dataclasses.fields(kind)}
+    wanted = {name: value for name, value in flags.items()
+              if hasattr(preset.model, name) or name not in defaults or value != defaults[name]}
+    own, _ = config.divide(wanted, preset.model)
     settings = config.replace(preset.model, own)
     built, criterion, postprocessors = settings.build(num_classes)
     if pretrained:
+        if preset.page is not None:
+            raise ValueError(f"the published weights of {model} are served to browsers alone: save {preset.page} as a "
+                             f"file, and load its ['model'], or name it with --resume FILE")
         if preset.url is None:
             raise ValueError(f"{model} has no published weights; train it, or leave out pretrained=True")
         checkpoint.load_model(built, checkpoint.load(preset.url)["model"], preset.url)

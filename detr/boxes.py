@@ -85,7 +85,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     return torch.stack([x0, y0, x1, y1], dim=1)
 
 
-def refine(reference: Tensor, delta: Tensor) -> Tensor:
+def refine_relative(reference: Tensor, delta: Tensor) -> Tensor:
     """Boxes ``[..., 4]`` (cxcywh) that differ from ``reference`` by ``delta``, relative to its size: the centre moves by
     so many widths and heights, and these grow by the exponential (Girshick et al., 2014, appendix C). At most 50-fold."""
     centre, size = reference[..., :2], reference[..., 2:]

@@ -16,7 +16,8 @@ Config = TypeVar("Config")
 
 
 def flag(default: Any, help: str, choices: Iterable[Any] | None = None, least: float | None = None) -> Any:
-    """A dataclass field that is also a flag of the command line; ``least`` is its smallest value."""
+    """A dataclass field that is also a flag of the command line. A field of type ``tuple[X, ...]`` takes several values;
+    ``choices`` and ``least``, the smallest value, then hold for each."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices and tuple(choices),
                                                         "least": least})
 
@@ -62,11 +63,14 @@ class TrainConfig:
     """How a model is trained."""
     lr: float = flag(1e-4, "learning rate of everything but the backbone", least=0)
     batch_size: int = flag(2, "images per process", least=1)
-    weight_decay: float = flag(1e-4, "AdamW's weight decay")
+    weight_decay: float = flag(1e-4, "weight decay of the optimizer")
+    sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
     epochs: int = flag(300, "passes over the training data", least=1)
     lr_drop: int = flag(200, "epochs after which a step schedule divides the learning rates by ten, each time", least=1)
-    lr_schedule: str = flag("step", "'step' drops every --lr_drop epochs; 'cosine' falls smoothly to zero at --epochs",
-                            ("step", "cosine"))
+    lr_drop_epochs: tuple[int, ...] | None = flag(None, "epochs after which a step schedule divides the learning rates "
+                                                  "by ten; instead of --lr_drop", least=1)
+    lr_schedule: str = flag("step", "'step' drops every --lr_drop epochs, or after --lr_drop_epochs; 'cosine' falls "
+                            "smoothly to zero at --epochs", ("step", "cosine"))
     warmup_steps: int = flag(0, "optimizer steps over which the learning rates rise from zero", least=0)
     clip_max_norm: float = flag(0.1, "largest gradient norm; larger gradients are scaled down, 0 leaves them")
     ema_decay: float = flag(0.0, "evaluate and save an exponential moving average of the weights too; 0 keeps none")
@@ -87,6 +91,8 @@ class DataConfig:
     max_size: int = flag(1333, "limit of the long side")
     multi_scale: bool = flag(True, "training draws the short side from 0.6 to 1 times --image_size")
     random_crop: bool = flag(True, "crop half of the training images at random")
+    cache_mode: bool = flag(False, "keep all image files in memory, each process its own copy; they are still decoded "
+                            "each time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +112,48 @@ class RunConfig:
 
 
 def validate(config: Any) -> None:
-    """Refuse values outside a field's choices or below its least, naming the flag."""
+    """Refuse values outside a field's choices or below its least, and one value where a field has several, naming the
+    flag."""
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         choices, least = field.metadata["choices"], field.metadata["least"]
-        value = getattr(config, field.name)
-        if least is not None and not value >= least:
-            raise ValueError(f"--{field.name} {value}: it must be at least {least}")
-        if choices and value not in choices:
-            raise ValueError(f"--{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
+        value, (kind, several) = getattr(config, field.name), kind_of(hints[field.name])
+        if several and value is None and field.default is None:
+            continue
+        if several and not isinstance(value, tuple):
+            raise ValueError(f"--{field.name} {value!r}: a list of {kind.__name__} is needed, even for one value")
+        for one in value if several else [value]:
+            if least is not None and not one >= least:
+                raise ValueError(f"--{field.name} {shown(value)}: {'each' if several else 'it'} must be at least {least}")
+            if choices and one not in choices:
+                raise ValueError(f"--{field.name} {one!r} is not one of {', '.join(map(str, choices))}")
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """A field's type -> that of one value, and whether the field has several: ``str | None`` -> str, False;
+    ``tuple[int, ...] | None`` -> int, True."""
+    if typing.get_origin(hint) is not tuple:
+        hint = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
+    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with tuples for lists, which argparse, programs and checkpoints may have where a field is a tuple."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def shown(value: Any) -> str:
+    """A field's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """``config`` with some fields changed; an unknown name is an error that names the nearest field."""
+    """``config`` with some fields changed, lists as tuples; an unknown name is an error that names the nearest field."""
     names = [field.name for field in dataclasses.fields(config)]                                # type: ignore[arg-type]
     for name in changes:
         if name not in names:
             raise ValueError(f"{type(config).__name__} has no option {name!r}{nearest(name, names)}")
-    changed = dataclasses.replace(config, **changes)                                            # type: ignore[type-var]
+    changed = dataclasses.replace(config, **with_tuples(changes))                               # type: ignore[type-var]
     validate(changed)
     return changed
 
@@ -142,14 +173,14 @@ def divide(flags: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], dict[
 def typed_flags(args: argparse.Namespace, configs: Iterable[type]) -> dict[str, Any]:
     """What the user decided among the fields of ``configs``: flags that were typed (``args.typed``, which ``main``'s
     parser leaves), and attributes that a program set to something else than the default (the first config's that has
-    it, as in the parser)."""
+    it, as in the parser). Lists come back as tuples."""
     typed: frozenset[str] = getattr(args, "typed", frozenset())
     defaults: dict[str, Any] = {}
     for config in configs:
         for field in dataclasses.fields(config):
             defaults.setdefault(field.name, field.default)
-    return {name: getattr(args, name) for name, default in defaults.items()
-            if name in typed or getattr(args, name, default) != default}
+    given = with_tuples({name: getattr(args, name, default) for name, default in defaults.items()})
+    return {name: value for name, value in given.items() if name in typed or value != defaults[name]}
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -172,7 +203,7 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
 def add_flags(parser: argparse._ActionsContainer, config: type, action: type[argparse.Action],
               names: Iterable[str] | None = None) -> None:
     """A flag for each field of a dataclass, or for those in ``names``. A boolean becomes a switch with a ``--no_``
-    form; help shows the one that changes its default."""
+    form; help shows the one that changes its default. A tuple becomes a flag with one value or more."""
     types = typing.get_type_hints(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in names or fields:
@@ -180,11 +211,11 @@ def add_flags(parser: argparse._ActionsContainer, config: type, action: type[arg
         help, choices = fields[name].metadata["help"], fields[name].metadata["choices"]
         if kind is bool:
             for spelling, value in ((f"--{name}", True), (f"--no_{name}", False)):
-                shown = argparse.SUPPRESS if value == default else help if value else f"not: {help}"
+                text = argparse.SUPPRESS if value == default else help if value else f"not: {help}"
                 parser.add_argument(spelling, dest=name, action=action, nargs=0, const=value, default=default,
-                                    help=shown)
+                                    help=text)
             continue
-        plain = next((k for k in typing.get_args(kind) if k is not type(None)), kind)           # "str | None" is str
+        plain, several = kind_of(kind)
         parser.add_argument(f"--{name}", action=action, type=plain, default=default, choices=choices,
-                            metavar=None if choices else plain.__name__.upper(),
-                            help=help if default in (None, "") else f"{help} (default: {default})")
+                            nargs="+" if several else None, metavar=None if choices else plain.__name__.upper(),
+                            help=help if default in (None, "", ()) else f"{help} (default: {shown(default)})")

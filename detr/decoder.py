@@ -1,9 +1,12 @@
-"""The decoder layer (Carion et al., 2020, figure 10): object queries look at each other, then at the image."""
-import torch.nn.functional as F
+"""Decoder layers: object queries look at each other, then at the image, densely (Carion et al., 2020, figure 10) or at a
+few points around their reference (Zhu et al., 2021, section 4.1)."""
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
+from .deformable_attention import MSDeformAttn
+from .mlp import feed_forward
 from .residual import post_norm, pre_norm
+from .structures import FeatureLevels
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -39,4 +42,37 @@ class TransformerDecoderLayer(nn.Module):
         return self.residual(content, self.feed_forward, self.norm3)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)
+
+
+class DeformableTransformerDecoderLayer(nn.Module):
+    """Self-attention among queries, deformable cross-attention to the encoder's memory, feed-forward. The published
+    names count the normalisations in another order than they come in: norm2, norm1, norm3."""
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, n_levels: int,
+                 n_points: int) -> None:
+        super().__init__()
+        self.cross_attn = MSDeformAttn(d_model, n_levels, nhead, n_points)
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, content: Tensor, query_position: Tensor, reference: Tensor, memory: Tensor,
+                levels: FeatureLevels) -> Tensor:
+        """``content`` and ``query_position [B, Q, D]``; ``reference [B, Q, L, 2 or 4]``: points or boxes as fractions of
+        each level; ``memory [B, S, D]`` of ``levels``. Returns the new content ``[B, Q, D]``."""
+        def look_at_each_other(x: Tensor) -> Tensor:
+            q = x + query_position
+            return self.dropout(self.self_attn(q, q, x)[0])
+
+        def look_at_the_image(x: Tensor) -> Tensor:
+            return self.dropout(self.cross_attn(x + query_position, reference, memory, levels))
+
+        def think(x: Tensor) -> Tensor:
+            return feed_forward(x, self.linear1, self.linear2, self.dropout)
+
+        content = post_norm(content, look_at_each_other, self.norm2)
+        content = post_norm(content, look_at_the_image, self.norm1)
+        return post_norm(content, think, self.norm3)

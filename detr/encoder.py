@@ -1,9 +1,15 @@
-"""The transformer encoder (Carion et al., 2020, figure 10): self-attention among the tokens of the feature map."""
-import torch.nn.functional as F
+"""Transformer encoders: self-attention among the tokens of the feature maps, dense (Carion et al., 2020, figure 10) or
+deformable (Zhu et al., 2021, section 4.1)."""
+from typing import Any
+
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
+from .deformable_attention import MSDeformAttn
+from .mlp import feed_forward
+from .reference_points import encoder_reference_points
 from .residual import post_norm, pre_norm
+from .structures import FeatureLevels
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -29,7 +35,7 @@ class TransformerEncoderLayer(nn.Module):
         return self.residual(tokens, self.feed_forward, self.norm2)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)
 
 
 class TransformerEncoder(nn.Module):
@@ -46,3 +52,41 @@ class TransformerEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, mask, position)
         return self.norm(tokens)
+
+
+class DeformableTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention, each token around its own place in every level; then feed-forward."""
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, n_levels: int,
+                 n_points: int) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, nhead, n_points)
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, levels: FeatureLevels, reference: Tensor) -> Tensor:
+        """``tokens [B, S, D]`` of ``levels``, ``reference [B, S, L, 2]`` -> ``[B, S, D]``."""
+        def attend(x: Tensor) -> Tensor:
+            return self.dropout(self.self_attn(x + levels.position, reference, x, levels))
+
+        def think(x: Tensor) -> Tensor:
+            return feed_forward(x, self.linear1, self.linear2, self.dropout)
+
+        return post_norm(post_norm(tokens, attend, self.norm1), think, self.norm2)
+
+
+class DeformableTransformerEncoder(nn.Module):
+    """A stack of deformable encoder layers."""
+
+    def __init__(self, num_layers: int, *layer: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DeformableTransformerEncoderLayer(*layer) for _ in range(num_layers))
+
+    def forward(self, levels: FeatureLevels) -> Tensor:
+        """The tokens of ``levels`` -> what they have become, ``[B, S, D]``."""
+        reference, tokens = encoder_reference_points(levels), levels.tokens
+        for layer in self.layers:
+            tokens = layer(tokens, levels, reference)
+        return tokens

@@ -1,4 +1,5 @@
-"""The multi-layer perceptron of the box head (Carion et al., 2020, section 3.2: "a 3-layer perceptron with ReLU")."""
+"""Multi-layer perceptrons: the box head (Carion et al., 2020, section 3.2: "a 3-layer perceptron with ReLU") and the
+feed-forward block of transformer layers (Vaswani et al., 2017, section 3.3)."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,3 +16,9 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:
+    """Two linear layers with ReLU between them, dropout after each; a function, since published files know the two by
+    the layer they belong to."""
+    return dropout(linear2(dropout(F.relu(linear1(x)))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -59,3 +60,8 @@ def as_nested_tensor(samples: NestedTensor | Tensor | Sequence[Tensor]) -> Neste
     if isinstance(samples, NestedTensor):
         return samples
     return nested_tensor_from_tensor_list(list(samples))
+
+
+def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:
+    """The padding mask at the size of a feature map, by nearest neighbour (rounded down), as published."""
+    return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()

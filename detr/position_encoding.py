@@ -25,17 +25,18 @@ def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:
 class PositionEmbeddingSine(nn.Module):
     """Fixed encoding of row and column, counted over the pixels that are not padding; for maps of any size.
 
-    With ``normalize``, positions are fractions of the image times ``scale`` (2 pi). The first half of the channels
-    encodes y, the second x.
+    With ``normalize``, positions are fractions of the image times ``scale`` (2 pi), counted from pixels' far edges (DETR)
+    or, with an ``offset`` of -0.5, from their centres (Deformable DETR). The first half of the channels encodes y, the
+    second x.
     """
 
     def __init__(self, num_pos_feats: int = 64, temperature: float = 10000, normalize: bool = False,
-                 scale: float | None = None) -> None:
+                 scale: float | None = None, offset: float = 0.0) -> None:
         super().__init__()
-        if scale is not None and not normalize:
-            raise ValueError("scale is for normalised positions: pass normalize=True with it")
+        if (scale is not None or offset) and not normalize:
+            raise ValueError("scale and offset are for normalised positions: pass normalize=True with them")
         self.num_pos_feats, self.temperature, self.normalize = num_pos_feats, temperature, normalize
-        self.scale = 2 * math.pi if scale is None else scale
+        self.scale, self.offset = 2 * math.pi if scale is None else scale, offset
 
     def forward(self, features: NestedTensor) -> Tensor:
         """Feature map with its padding mask ``[B, H, W]`` -> float32 ``[B, 2 * num_pos_feats, H, W]``."""
@@ -43,8 +44,8 @@ class PositionEmbeddingSine(nn.Module):
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
         if self.normalize:
-            y = y / (y[:, -1:, :] + 1e-6) * self.scale
-            x = x / (x[:, :, -1:] + 1e-6) * self.scale
+            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
+            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale
         encoded = [sine_encoding(c, self.num_pos_feats, self.temperature) for c in (y, x)]
         return torch.cat(encoded, dim=-1).permute(0, 3, 1, 2)
 
@@ -73,13 +74,13 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(b, -1, -1, -1)
 
 
-def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
-    """``sine`` (normalised) or ``learned``, for tokens of ``hidden_dim`` channels."""
+def build_position_encoding(name: str, hidden_dim: int, scale: float | None = None, offset: float = 0.0) -> nn.Module:
+    """``sine`` (normalised, with ``scale`` and ``offset``) or ``learned``, for tokens of ``hidden_dim`` channels."""
     if hidden_dim % 4:
         raise ValueError(f"--hidden_dim {hidden_dim}: positions share it between x and y, sine and cosine, so it must "
                          f"divide by 4")
     if name == "sine":
-        return PositionEmbeddingSine(hidden_dim // 2, normalize=True)
+        return PositionEmbeddingSine(hidden_dim // 2, normalize=True, scale=scale, offset=offset)
     if name == "learned":
         return PositionEmbeddingLearned(hidden_dim // 2)
     raise ValueError(f"position_embedding {name!r} is not known; use 'sine' or 'learned'")

@@ -3,23 +3,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .architectures.deformable_detr import DeformableDETRConfig
 from .architectures.detr import DETRConfig
 from .architectures.proposal_detr import ProposalDETRConfig
 from .config import DataConfig, ModelConfig, TrainConfig
 
-ARCHITECTURES: tuple[type[ModelConfig], ...] = (DETRConfig, ProposalDETRConfig)
+ARCHITECTURES: tuple[type[ModelConfig], ...] = (DETRConfig, DeformableDETRConfig, ProposalDETRConfig)
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
+DEFORMABLE_PAGE = "https://drive.google.com/file/d/"
+DEFORMABLE_RECIPE = TrainConfig(lr=2e-4, epochs=50, lr_drop=40)            # Zhu et al., 2021, section 5
 
 
 @dataclass(frozen=True)
 class Preset:
     """Architecture, recipe and data pipeline; ``num_classes`` is what it has without data, which is that of the
-    published weights at ``url`` where there are some."""
+    published weights where there are some: at ``url``, or behind a ``page`` that serves them to browsers alone."""
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     num_classes: int = 91
     url: str | None = None
+    page: str | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -34,11 +38,30 @@ PRESETS: dict[str, Preset] = {
                                          url=DETR_URL + "detr-r50-dc5-panoptic-da08f1b1.pth"),
     "detr_resnet101_panoptic": Preset(DETRConfig(backbone="resnet101", masks=True), num_classes=250,
                                       url=DETR_URL + "detr-r101-panoptic-40021d53.pth"),
+    "deformable_detr_resnet50": Preset(DeformableDETRConfig(), DEFORMABLE_RECIPE,
+                                       page=DEFORMABLE_PAGE + "1nDWZWHuRwtwGden77NLM9JoWe-YisJnA/view"),
+    "deformable_detr_resnet50_single_scale": Preset(DeformableDETRConfig(num_feature_levels=1), DEFORMABLE_RECIPE,
+                                                    page=DEFORMABLE_PAGE + "1WEjQ9_FgfI5sw5OZZ4ix-OKk-IJ_-SDU/view"),
+    "deformable_detr_resnet50_single_scale_dc5": Preset(DeformableDETRConfig(num_feature_levels=1, dilation=True),
+                                                        DEFORMABLE_RECIPE,
+                                                        page=DEFORMABLE_PAGE + "1m_TgMjzH7D44fbA-c_jiBZ-xf-odxGdk/view"),
+    "deformable_detr_resnet50_box_refine": Preset(DeformableDETRConfig(with_box_refine=True), DEFORMABLE_RECIPE,
+                                                  page=DEFORMABLE_PAGE + "1JYKyRYzUH7uo9eVfDaVCiaIGZb5YTCuI/view"),
+    "deformable_detr_resnet50_two_stage": Preset(DeformableDETRConfig(with_box_refine=True, two_stage=True),
+                                                 DEFORMABLE_RECIPE,
+                                                 page=DEFORMABLE_PAGE + "15I03A7hNTpwuLNdfuEmW9_taZMNVssEp/view"),
     # Ours, for a CPU: learns from random weights.
     "tiny_detr": Preset(
         ProposalDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
                            enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
                            num_queries=30),
+        TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
+                    amp="auto", eval_every=4),
+        DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
+    "tiny_deformable_detr": Preset(
+        DeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
+                             with_box_refine=True, two_stage=True, num_feature_levels=3, enc_layers=1, dec_layers=2,
+                             dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0, num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),

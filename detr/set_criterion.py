@@ -16,12 +16,15 @@ class SetCriterion(nn.Module):
     """Matches each supervised set of predictions to the ground truth and computes the ``losses`` of the matched pairs.
 
     The values are unweighted; ``weight_dict`` holds the weights and ``weighted_sum`` applies them. Names without a
-    weight are for reading only.
+    weight are for reading only. ``class_agnostic_proposals``: the proposals of a two-stage model only tell objects from
+    background, so all their targets have label 0 (Zhu et al., 2021, section A.4).
     """
 
-    def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float]) -> None:
+    def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float],
+                 class_agnostic_proposals: bool = False) -> None:
         super().__init__()
         self.matcher, self.losses, self.weight_dict = matcher, list(losses), weight_dict
+        self.class_agnostic_proposals = class_agnostic_proposals
 
     def forward(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses by name: ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, ``class_error``,
@@ -29,25 +32,28 @@ class SetCriterion(nn.Module):
         All in float32, whatever the model ran in."""
         num_boxes = self.number_of_boxes(targets, outputs["pred_logits"].device)
         values: dict[str, Tensor] = {}
-        for suffix, predictions in self.supervised(outputs):
+        for suffix, predictions, objects in self.supervised(outputs, targets):
             predictions = in_float32(predictions)
-            match = self.matcher(predictions, targets)
+            match = self.matcher(predictions, objects)
             for loss in self.losses:
-                values |= {name + suffix: value for name, value in loss(predictions, targets, match, num_boxes).items()}
+                values |= {name + suffix: value for name, value in loss(predictions, objects, match, num_boxes).items()}
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """What is back-propagated: the sum of the losses that have a weight, times it."""
         return torch.stack([losses[name] * w for name, w in self.weight_dict.items() if name in losses]).sum()
 
-    @staticmethod
-    def supervised(outputs: Outputs) -> Iterator[tuple[str, Outputs]]:
-        """One row for each set of predictions that is trained: the suffix of its losses, and the predictions."""
-        yield "", outputs
+    def supervised(self, outputs: Outputs,
+                   targets: Sequence[Target]) -> Iterator[tuple[str, Outputs, Sequence[Target]]]:
+        """One row for each set of predictions that is trained: the suffix of its losses, the predictions, and their
+        targets."""
+        yield "", outputs, targets
         for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
-            yield f"_{i}", auxiliary
+            yield f"_{i}", auxiliary, targets
         if "enc_outputs" in outputs:
-            yield "_enc", outputs["enc_outputs"]
+            objects: Sequence[Target] = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets] \
+                if self.class_agnostic_proposals else targets
+            yield "_enc", outputs["enc_outputs"], objects
 
     def number_of_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
         """Objects of the batch, at least 1; in training as a mean over processes. In evaluation processes may have

@@ -28,7 +28,8 @@ class Outputs(TypedDict, total=False):
     pred_boxes: Tensor              # [B, Q, 4] cxcywh as fractions of the image
     pred_masks: Tensor              # [B, Q, H, W] logits, mask models
     aux_outputs: list[Outputs]      # the same of the earlier decoder layers
-    enc_outputs: Outputs            # the proposals of two-stage models
+    enc_outputs: Outputs            # the proposals of two-stage models, one a token
+    invalid_queries: Tensor         # [B, Q] bool, two-stage models: True where a query had no proposal to start from
 
 
 class Detections(TypedDict, total=False):
@@ -40,6 +41,21 @@ class Detections(TypedDict, total=False):
 
 Match = list[tuple[Tensor, Tensor]]
 """For each image, the matched queries (ascending) and their objects: two int64 tensors of one length, on the CPU."""
+
+
+class FeatureLevels(NamedTuple):
+    """Feature maps of several resolutions as one sequence of tokens, level after level, each row by row."""
+    tokens: Tensor                      # [B, S, D]
+    mask: Tensor                        # [B, S] bool, True on padding
+    position: Tensor                    # [B, S, D] where a token is, and in which level
+    shapes: list[tuple[int, int]]       # height and width of each level
+    sizes: Tensor                       # [L, 2] width and height of each level
+    valid_sizes: Tensor                 # [B, L, 2] width and height of what is not padding, at least 1
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """The part of each level that is not padding, of its width and of its height: ``[B, L, 2]``."""
+        return self.valid_sizes / self.sizes
 
 
 class Category(NamedTuple):

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -86,8 +86,11 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {path} holds a {remembered['name']}; leave --model out")
-    num_classes = content.get("num_classes") or labels_of_head(content["model"], path)
     settings = config.replace(PRESETS[name].model, {**remembered.get("model", {}), "aux_loss": False})
+    num_classes = content.get("num_classes") or command_line.classes_that_fit(settings, content["model"])
+    if num_classes is None:
+        raise ValueError(f"{path} says nothing of its number of classes, and with none would it fit {name}; give the "
+                         f"--model that it was trained as, or use a checkpoint that main.py wrote")
     model, _, postprocessors = settings.build(num_classes)
     checkpoint.load_model(model, content["model"], path)
     categories = command_line.class_table(content) or (
@@ -99,15 +102,6 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
         print(f"{path} holds weights alone: taken as {name}, classes {classes}, short side {preprocessing.size}",
               flush=True)
     return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name)
-
-
-def labels_of_head(state_dict: dict[str, Tensor], source: str) -> int:
-    """The number of labels of DETR's class head, whose last row is "no object"."""
-    head = state_dict.get("class_embed.weight", state_dict.get("detr.class_embed.weight"))
-    if head is None:
-        raise ValueError(f"{source} says nothing of its number of classes and has no class_embed.weight, so it is no "
-                         f"DETR checkpoint as published; use one that main.py wrote")
-    return len(head) - 1
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:

@@ -18,8 +18,10 @@ def small_flags(name: str) -> dict:
     config = PRESETS[name].model
     flags = {flag: value for flag, value in SMALL.items() if hasattr(config, flag)}
     flags["backbone"] = "resnet50" if config.dilation else "resnet18"           # basic blocks cannot be dilated
-    if config.masks:                                            # the least that the mask head's normalisation divides
+    if getattr(config, "masks", False):                         # the least that the mask head's normalisation divides
         flags |= {"hidden_dim": 128, "nheads": 8}
+    if hasattr(config, "num_feature_levels"):                   # two channels in each of the levels' normalisation groups
+        flags["hidden_dim"] = 64
     return flags
 
 
@@ -41,7 +43,7 @@ def targets(*counts: int, size: tuple[int, int] = (64, 64)) -> list[dict[str, Te
 
 
 def published(name: str) -> bool:
-    """Whether the preset has its paper's sizes, and its authors' weights somewhere."""
+    """Whether the preset has its paper's sizes, and its authors' weights somewhere that a program can fetch."""
     return PRESETS[name].url is not None
 
 

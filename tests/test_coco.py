@@ -241,6 +241,51 @@ def test_an_image_that_cannot_be_read_is_named_with_its_id(dataset, data, tmp_pa
         next(iter(loader))
 
 
+# -- images kept in memory --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("workers, context", [(0, None), (2, "fork"), (1, "spawn")])
+def test_cached_images_are_the_same_bits(dataset, data, tmp_path, capsys, workers, context):
+    """In every kind of worker, and with no file left to read."""
+    transforms = make_transforms("val", Preprocessing(48, 64))
+    plain = dataset(data, transforms=transforms)
+    want = [collate([plain[i]]) for i in range(2)]
+    assert "--cache_mode" not in capsys.readouterr().out
+    cached = dataset(data, transforms=transforms, cache_mode=True)
+    sizes = [(tmp_path / "val2017" / name).stat().st_size for name in plain.files]
+    said = capsys.readouterr().out
+    assert f"val2017: reading 2 files, {sum(sizes) / 1e9:.3g} GB, into memory (--cache_mode)" in said
+    assert f"val2017: 2/2 files, {sum(sizes) / 1e9:.3g} GB" in said
+    for name in plain.files:
+        (tmp_path / "val2017" / name).unlink()
+    found = list(DataLoader(cached, 1, collate_fn=collate, num_workers=workers, multiprocessing_context=context))
+    assert len(found) == 2
+    for (a, a_targets), (b, b_targets) in zip(want, found):
+        assert torch.equal(a.tensors, b.tensors) and torch.equal(a.mask, b.mask)
+        assert all(torch.equal(value, b_targets[0][key]) for key, value in a_targets[0].items())
+    with pytest.raises(FileNotFoundError, match=r"a\.png is not there"):
+        plain[0]
+
+
+def test_what_cannot_be_cached_is_the_error_of_reading_it(dataset, data, tmp_path, monkeypatch):
+    path = tmp_path / "val2017" / "a.png"
+    whole, plain = path.read_bytes(), dataset(data)
+
+    def messages(damage):
+        damage()
+        with pytest.raises(OSError) as read:
+            plain[0]
+        with pytest.raises(OSError) as cached:
+            dataset(data, cache_mode=True)[0]
+        assert type(cached.value) is type(read.value) and str(cached.value) == str(read.value)
+        return str(read.value)
+
+    assert "cannot be read" in messages(lambda: path.write_bytes(whole[:len(whole) // 2]))
+    assert "(0 bytes) is not in a format" in messages(lambda: path.write_bytes(b""))
+    monkeypatch.setattr(CocoDetection, "_check_files", lambda self: None)       # a file that goes once that was checked
+    message = messages(path.unlink)
+    assert "a.png is not there; correct the path" in message and "(image id 3 of " in message
+
+
 def test_a_picture_of_another_size_is_refused_and_a_turned_one_is_not(dataset, data, tmp_path):
     opened, path = dataset(data), tmp_path / "val2017" / "a.png"
     Image.new("RGB", (48, 64)).save(path)

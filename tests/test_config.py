@@ -13,8 +13,10 @@ from detr.config import (
     add_flags,
     divide,
     flag,
+    kind_of,
     nearest,
     replace,
+    shown,
     typed_flags,
     validate,
 )
@@ -40,6 +42,14 @@ class Example:
     path: str | None = flag(None, "folder")
     mode: str = flag("a", "way", ("a", "b"))
     name: str = flag("", "what to call it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    names: tuple[str, ...] = flag(("a.0", "b"), "parts of names")
+    steps: tuple[int, ...] | None = flag(None, "when", least=1)
+    shares: tuple[float, ...] = flag((), "how much", least=0)
+    modes: tuple[str, ...] = flag(("x",), "ways", ("x", "y"))
 
 
 class Store(argparse.Action):
@@ -140,6 +150,74 @@ def test_typed_flags():
     args = argparse.Namespace(size=3, rate=0.7, fast=False, other=5, typed=frozenset({"size", "other"}))
     assert typed_flags(args, [Example]) == {"size": 3, "rate": 0.7}             # typed as its default; set by a program
     assert typed_flags(argparse.Namespace(size=3), [Example]) == {}
+
+
+# -- flags with several values ----------------------------------------------------------------------------------------
+
+def several(line: str = "") -> argparse.Namespace:
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(made, Several, Store)
+    return made.parse_args(line.split())
+
+
+def test_several_values():
+    assert vars(several()) == {"names": ("a.0", "b"), "steps": None, "shares": (), "modes": ("x",)}
+    given = several("--steps 30 40 --names c --shares 1 0.5 --modes y x")
+    assert replace(Several(), vars(given)) == Several(("c",), (30, 40), (1.0, 0.5), ("y", "x"))
+    assert [type(step) for step in given.steps] == [int, int] and [type(s) for s in given.shares] == [float, float]
+    assert several("--steps 1 2 --steps 3").steps == [3]                        # the last one, as other flags
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--steps", "argument --steps: expected at least one argument"),
+    ("--steps 3 x", "argument --steps: invalid int value: 'x'"),
+    ("--modes x z", "argument --modes: invalid choice: 'z'")])
+def test_several_values_refused_by_the_parser(line, message, capsys):
+    with pytest.raises(SystemExit):
+        several(line)
+    assert message in capsys.readouterr().err
+
+
+def test_help_of_several_values():
+    made = argparse.ArgumentParser(prog="p")
+    add_flags(made, Several, Store)
+    text = " ".join(made.format_help().split())
+    assert "--names STR [STR ...] parts of names (default: a.0 b)" in text
+    assert "--steps INT [INT ...] when --shares FLOAT [FLOAT ...] how much --modes" in text         # no default is shown
+
+
+def test_lists_become_tuples():
+    for values in (["c", "d"], ("c", "d")):                     # argparse's and a program's lists; a dataclass' tuples
+        assert replace(Several(), {"names": values}) == Several(names=("c", "d"))
+    assert replace(Several(), {"steps": [7]}) == Several(steps=(7,)) and replace(Several(steps=(7,)), {"steps": None})
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": [3, 0]}, "--steps 3 0: each must be at least 1"),
+    ({"shares": [-1]}, "--shares -1: each must be at least 0"),
+    ({"shares": [float("nan")]}, "--shares nan: each must be at least 0"),
+    ({"names": "a.0"}, "--names 'a.0': a list of str is needed, even for one value"),               # not its letters
+    ({"steps": 3}, "--steps 3: a list of int is needed, even for one value"),
+    ({"names": None}, "--names None: a list of str is needed"),
+    ({"modes": ["x", "z"]}, "--modes 'z' is not one of x, y")])
+def test_several_values_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        replace(Several(), changes)
+    assert str(error.value).startswith(message)
+
+
+def test_typed_lists():
+    args = argparse.Namespace(names=["a.0", "b"], steps=[3], shares=(), modes=["x"], typed=frozenset({"modes"}))
+    assert typed_flags(args, [Several]) == {"steps": (3,), "modes": ("x",)}     # a list equal to the default is no change
+
+
+def test_kinds():
+    hints = typing.get_type_hints(Several) | typing.get_type_hints(Example)
+    assert {name: kind_of(hint) for name, hint in hints.items()} == {
+        "names": (str, True), "steps": (int, True), "shares": (float, True), "modes": (str, True),
+        "size": (int, False), "rate": (float, False), "fast": (bool, False), "tidy": (bool, False),
+        "path": (str, False), "mode": (str, False), "name": (str, False)}
+    assert shown((30, 40)) == "30 40" and shown("30 40") == "30 40" and shown(None) == "None"
 
 
 def test_nearest():

@@ -90,6 +90,27 @@ def test_exif_orientation_is_applied(picture, tmp_path, orientation, format):
     assert same(read_image(path), picture, within=30 if format == "jpg" else 0)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.gif", "a.bmp", "a.webp"])
+def test_content_at_hand_is_read_as_the_file(picture, tmp_path, name):
+    path = saved(picture, tmp_path / name)
+    want = read_image(path)
+    content = path.read_bytes()
+    path.unlink()                                                               # it is not opened
+    assert read_image(path, content).tobytes() == want.tobytes()
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        read_image(path)
+
+
+def test_content_that_is_damaged(picture, tmp_path):
+    with pytest.raises(OSError, match=r"gone.jpg \(8 bytes\) is not in a format.*copy it again"):
+        read_image(tmp_path / "gone.jpg", b"no image")
+    with pytest.raises(OSError, match=r"gone.jpg \(0 bytes\) is not in a format"):
+        read_image(tmp_path / "gone.jpg", b"")
+    whole = saved(Image.effect_noise((200, 200), 90), tmp_path / "a.png").read_bytes()
+    with pytest.raises(OSError, match=rf"gone.png \({len(whole) // 2} bytes\) cannot be read.*copy it again"):
+        read_image(tmp_path / "gone.png", whole[:len(whole) // 2])
+
+
 def test_what_cannot_be_read_is_named_with_a_remedy(picture, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jpg is not there; correct the path"):
         read_image(tmp_path / "nowhere.jpg")

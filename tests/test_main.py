@@ -24,8 +24,8 @@ from datasets.images import read_image
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Preprocessing
 from detr import build_model, checkpoint
-from detr.config import DataConfig, TrainConfig
-from detr.presets import PRESETS
+from detr.config import DataConfig, ModelConfig, TrainConfig, flag
+from detr.presets import PRESETS, Preset
 from detr.structures import NonFiniteError
 from engine import image_ids, train_one_epoch
 
@@ -52,10 +52,17 @@ ORIGINAL = [
 NEW = [
     ("model", str, None),
     ("backbone_norm", str, "frozen"), ("from_scratch", bool, False), ("backbone_weights", str, None),
+    ("sgd", bool, False), ("lr_drop_epochs", tuple[int, ...], None),
     ("lr_schedule", str, "step"), ("warmup_steps", int, 0), ("ema_decay", float, 0.0), ("amp", str, "off"),
     ("eval_every", int, 1),
     ("image_size", str, "800"), ("max_size", int, 1333), ("multi_scale", bool, True), ("random_crop", bool, True),
+    ("cache_mode", bool, False),
     ("cls_loss_coef", float, 2), ("focal_alpha", float, 0.25),
+    ("with_box_refine", bool, False), ("two_stage", bool, False), ("num_feature_levels", int, 4),
+    ("enc_n_points", int, 4), ("dec_n_points", int, 4), ("position_embedding_scale", float, 2 * math.pi),
+    ("lr_backbone_names", tuple[str, ...], ("backbone.0",)),
+    ("lr_linear_proj_names", tuple[str, ...], ("reference_points", "sampling_offsets")),
+    ("lr_linear_proj_mult", float, 0.1),
     ("tensorboard", bool, False), ("print_every", float, 10.0),
 ]
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
@@ -137,6 +144,7 @@ def test_names_types_and_defaults():
         spelling, = action.option_strings
         assert "-" not in spelling[2:], spelling                                            # underscores
         kind = bool if action.nargs == 0 else action.type or str
+        kind = tuple[kind, ...] if action.nargs == "+" else kind
         assert kind is not bool or action.const == (not spelling.startswith("--no_")), spelling
         assert spelling in (f"--{action.dest}", f"--no_{action.dest}")
         found.setdefault(action.dest, []).append((spelling, kind, action.default))
@@ -173,6 +181,52 @@ def test_help_groups_flags_and_explains_each(monkeypatch, capsys):
                   "(default: 0.0001)", "show this help", *PRESETS):
         assert words in shown, words
     assert "--aux_loss" not in shown.replace("--no_aux_loss", "")               # only what changes the default
+
+
+def test_flags_with_several_values(tmp_path, capsys):
+    args = parse("--model detr_resnet50 --lr_drop_epochs 30 40")
+    assert args.lr_drop_epochs == [30, 40]                                                      # as published
+    assert main.settle(args).train.lr_drop_epochs == (30, 40)
+    args.lr_drop_epochs = [30]                                                                  # by a program
+    del args.typed
+    assert main.settle(args).train.lr_drop_epochs == (30,)
+    for drops in ((30, 40), [30, 40]):                              # as this and as another program may have saved them
+        file = saved(tmp_path / "a.pth", "detr_resnet50", train={"lr_drop_epochs": drops})
+        capsys.readouterr()
+        settings = settle(f"--resume {file} --lr_drop_epochs 30 40")
+        assert capsys.readouterr().out == ""                                                    # nothing has changed
+        assert settings.train.lr_drop_epochs == settle(f"--resume {file}").train.lr_drop_epochs == (30, 40)
+        assert settle(f"--resume {file} --lr_drop_epochs 50").train.lr_drop_epochs == (50,)
+        assert capsys.readouterr().out == f"changed since {file}: --lr_drop_epochs 50 (was 30 40)\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(ModelConfig):
+    """An architecture whose flags have several values."""
+    names: tuple[str, ...] = flag(("backbone.0",), "parts of names")
+    shares: tuple[float, ...] | None = flag(None, "how much")
+
+    def build(self, num_classes: int):
+        return Heads(num_classes), None, {}
+
+
+class Heads(torch.nn.Module):
+    """Class heads in a list, as published for Deformable DETR, without "no object"."""
+
+    def __init__(self, num_classes: int, layers: int = 2) -> None:
+        super().__init__()
+        self.class_embed = torch.nn.ModuleList(torch.nn.Linear(4, num_classes) for _ in range(layers))
+
+
+def test_groups_of_architectures_with_several_values(monkeypatch):
+    monkeypatch.setattr(main, "GROUPS", [*main.GROUPS, ("grouped", Grouped, ("names", "shares"))])
+    monkeypatch.setattr(main, "ARCHITECTURES", (*main.ARCHITECTURES, Grouped))
+    monkeypatch.setattr(main, "PRESETS", {**PRESETS, "grouped": Preset(Grouped())})
+    assert parse().names == ("backbone.0",) and settle("--model grouped").model == Grouped()
+    assert settle("--model grouped --names a b --shares 1 0.5 --lr 1").model == Grouped(names=("a", "b"), shares=(1, 0.5))
+    with pytest.raises(ValueError, match="--names: tiny_detr has no such option"):
+        settle("--model tiny_detr --names backbone.0")
+    assert "--names STR [STR ...]" in main.get_args_parser().format_help()
 
 
 def test_as_a_parent():
@@ -252,6 +306,15 @@ def test_what_a_program_sets_counts_as_typed():
     assert main.settle(argparse.Namespace(**vars(args))).train.lr == 2e-3
 
 
+def test_one_way_to_drop_takes_the_place_of_the_other(tmp_path, capsys):
+    file = saved(tmp_path / "a.pth", "detr_resnet50", train={"lr_drop_epochs": (30, 40)})
+    assert settle(f"--resume {file} --lr_drop 50").train == TrainConfig(lr_drop=50)
+    assert capsys.readouterr().out == (f"changed since {file}: --lr_drop 50 (was 200), "
+                                       f"--lr_drop_epochs None (was 30 40)\n")
+    assert settle(f"--resume {file} --lr_schedule cosine").train.lr_drop_epochs == (30, 40)     # was not typed
+    assert settle(f"--resume {file} --epochs 35").train.epochs == 35
+
+
 def test_changes_since_the_checkpoint_are_said(tmp_path, capsys):
     file = saved(tmp_path / "a.pth", train={"lr": 7e-4})
     settle(f"--resume {file} --lr 2e-4 --batch_size 16 --output_dir {tmp_path}")
@@ -304,15 +367,44 @@ def test_without_configuration_shapes_decide(tmp_path):
 def test_without_configuration_presets_that_fit_are_named(tmp_path):
     for name, fitting in (("detr_resnet101", "--model detr_resnet101 or --model detr_resnet101_dc5"),
                           ("tiny_detr", "--model tiny_detr"),
+                          ("deformable_detr_resnet50_single_scale", "--model deformable_detr_resnet50_single_scale or "
+                           "--model deformable_detr_resnet50_single_scale_dc5"),
                           ("detr_resnet50_panoptic", "--model detr_resnet50_panoptic")):
         with pytest.raises(ValueError) as error:
             main.name_by_shapes(shapes_only(name), "a.pth")
         assert "a.pth has no configuration inside, and does not fit detr_resnet50" in str(error.value)
         assert f"It fits {fitting}" in str(error.value) and "resnet18" not in str(error.value)
-    with pytest.raises(ValueError, match="fits none of detr_resnet50, .*tiny_detr either; give --model and the flags"):
+    with pytest.raises(ValueError, match="fits none of detr_resnet50, .*tiny_detr.* either; give --model and the flags"):
         main.name_by_shapes(shapes_only("tiny_detr", hidden_dim=64), "a.pth")
     with pytest.raises(ValueError, match="a.pth has no class_embed.weight: it is not a DETR checkpoint"):
         main.name_by_shapes({"fc.weight": torch.zeros(10, 3)}, "a.pth")
+
+
+def test_class_heads_in_a_list(monkeypatch):
+    """As published for Deformable DETR; the number of classes is the number of rows."""
+    presets = {name: Preset(dataclasses.replace(Grouped(), **flags)) for name, flags in (
+        ("a", {}), ("b", {"names": ("x",)}))}
+    monkeypatch.setattr(main, "PRESETS", {**{name: PRESETS[name] for name in ("detr_resnet50", "tiny_detr")}, **presets})
+    with pytest.raises(ValueError) as error:
+        main.name_by_shapes(Heads(91).state_dict(), "a.pth")
+    assert str(error.value) == ("a.pth has no configuration inside, and does not fit detr_resnet50. "
+                                "It fits --model a or --model b")
+    with pytest.raises(ValueError, match="fits none of detr_resnet50, tiny_detr, a, b either"):
+        main.name_by_shapes(Heads(91, layers=3).state_dict(), "a.pth")
+    assert main.class_rows(Heads(7).state_dict()) == 7
+    assert main.class_rows({"transformer.decoder.class_embed.11.weight": torch.zeros(5, 2)}) == 5
+    for name in ("class_embed_x.weight", "my_class_embed.weight", "class_embed.x.weight", "class_embed.0.bias"):
+        assert main.class_rows({name: torch.zeros(5, 2)}) is None
+
+
+def test_classes_that_fit():
+    """One row of a softmax head is "no object"; a sigmoid head has none."""
+    for name, preset in PRESETS.items():
+        if preset.model.backbone in ("resnet50", "resnet_tiny") and not preset.model.dilation:
+            for num_classes in (91, 1):
+                assert main.classes_that_fit(preset.model, shapes_only(name, num_classes=num_classes)) == num_classes
+    assert main.classes_that_fit(PRESETS["detr_resnet101"].model, shapes_only("detr_resnet50")) is None
+    assert main.classes_that_fit(PRESETS["tiny_detr"].model, shapes_only("tiny_detr", hidden_dim=64)) is None
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -329,6 +421,17 @@ def test_without_configuration_presets_that_fit_are_named(tmp_path):
     ("--model tiny_detr --max_size 300", "--max_size has no effect where --image_size is exact"),
     ("--model tiny_detr --lr_drop 3", "--lr_drop has no effect with --lr_schedule cosine"),
     ("--eval --epochs 3", "--epochs has no effect with --eval"),
+    ("--eval --cache_mode", "--cache_mode has no effect with --eval, which reads each image once; leave it out"),
+    ("--model tiny_detr --lr_drop_epochs 3", "--lr_drop_epochs has no effect with --lr_schedule cosine"),
+    ("--lr_schedule cosine --model detr_resnet50 --lr_drop_epochs 3", "has no effect with --lr_schedule cosine; leave"),
+    ("--model detr_resnet50 --lr_drop 40 --lr_drop_epochs 30 40", "--lr_drop and --lr_drop_epochs are two ways to say "
+     "when the learning rates drop; choose one"),
+    ("--model detr_resnet50 --lr_drop_epochs 40 30 40", "--lr_drop_epochs 40 30 40: each must be greater than the one "
+     "before; give --lr_drop_epochs 30 40"),
+    ("--model detr_resnet50 --lr_drop_epochs 30 30", "30 30: each must be greater than the one before"),
+    ("--model detr_resnet50 --lr_drop_epochs 0 30", "--lr_drop_epochs 0 30: each must be at least 1"),
+    ("--model detr_resnet50 --epochs 50 --lr_drop_epochs 30 50", "--lr_drop_epochs 30 50: a drop after 50 epochs has no "
+     "effect, since training ends after --epochs 50; leave it out, or give more --epochs"),
     ("--epochs 0", "--epochs 0: it must be at least 1"),
     ("--dec_layers 0", "--dec_layers 0: it must be at least 1"),
     ("--lr nan", "--lr nan: it must be at least 0"),
@@ -351,6 +454,34 @@ def test_refused_flags(line, message, monkeypatch, capsys):
     with pytest.raises(ValueError) as error:
         settle(line)
     assert message in str(error.value)
+
+
+def test_the_last_drop_that_has_an_effect():
+    assert settle("--model detr_resnet50 --epochs 50 --lr_drop_epochs 30 49").train.lr_drop_epochs == (30, 49)
+    assert settle("--model tiny_detr --eval --no_cache_mode").data.cache_mode is False
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("was, flag, message", [
+    (torch.optim.AdamW, "--sgd", "was trained with AdamW, whose state means nothing to SGD: leave --sgd out; or begin "
+     "anew with its weights alone: torch.save({'model': torch.load("),
+    (torch.optim.SGD, "--no_sgd", "was trained with SGD, whose state means nothing to AdamW: add --sgd; or begin anew")])
+def test_the_state_of_another_optimizer(tmp_path, known, was, flag, message):
+    """Whether or not the file says how it was trained."""
+    file = tmp_path / "a.pth"
+    state = checkpoint.load(saved(file, train={"sgd": was is torch.optim.SGD}))
+    if not known:
+        del state["config"]
+    optimizer = was([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    checkpoint.save(file, {**state, "optimizer": optimizer.state_dict(), "epoch": 0})
+    with pytest.raises(ValueError) as error:
+        settle(f"--model tiny_detr --resume {file} {flag}")
+    assert str(error.value).startswith(f"{file} {message}")
+    other = {"--sgd": "--no_sgd", "--no_sgd": "--sgd"}[flag]
+    assert settle(f"--model tiny_detr --resume {file} {other}").train.sgd == (other == "--sgd")
+    assert settle(f"--model tiny_detr --resume {file} {flag} --eval").run.eval                  # takes the weights alone
+    checkpoint.save(file, {**state, "epoch": 0})
+    assert settle(f"--model tiny_detr --resume {file} {flag}").train.sgd == (flag == "--sgd")   # a new optimizer
 
 
 def test_resume_and_backbone_weights(tmp_path):
@@ -685,6 +816,32 @@ def test_default_data_and_model(monkeypatch, tmp_path):
     assert log(tmp_path / "outputs/tiny_detr") == log(tmp_path / "outputs/tiny_detr-2")
 
 
+def test_images_in_memory_train_the_same(data, tmp_path):
+    line = SMALL + f"--coco_path {data} --epochs 2 --random_crop --multi_scale --output_dir {tmp_path}/"
+    _, plain = run(line + "plain")
+    _, cached = run(line + "cached --cache_mode --num_workers 2")
+    for split, count in (("train", 16), ("val", 7)):
+        assert cached.count(f"{data}/{split}2017: reading {count} files, ") == 1
+        assert f"{data}/{split}2017: {count}/{count} files, " in cached
+    assert "--cache_mode" not in plain
+    weights = [checkpoint.load(tmp_path / name / "checkpoint.pth") for name in ("plain", "cached")]
+    assert weights[1]["config"]["data"]["cache_mode"] and not weights[0]["config"]["data"]["cache_mode"]
+    assert (tmp_path / "plain" / "detections.png").read_bytes() == (tmp_path / "cached" / "detections.png").read_bytes()
+    _, again = run(f"--resume {tmp_path}/cached/checkpoint.pth --eval --num_workers 0 --device cpu")
+    assert "--cache_mode" not in again                                          # each image is read once
+    _, alone = run(line + "alone --cache_mode")
+    assert same(checkpoint.load(tmp_path / "alone" / "checkpoint.pth")["model"], weights[0]["model"])
+    assert log(tmp_path / "alone") == log(tmp_path / "plain")
+
+
+def test_images_that_do_not_fit_into_memory(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.file_cache.free_memory", lambda: 100_000.0)
+    message = refused(f"--coco_path {data} --cache_mode --output_dir {tmp_path}/out", ValueError)
+    assert message.startswith(f"--cache_mode: the 16 files of {data}/train2017 have 0.0001")
+    assert "too much for the 0.0001 GB of memory that are free" in message and "or leave --cache_mode out" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_overwritten(data, tmp_path):
     line = SMALL + f"--coco_path {data} --epochs 1 --output_dir {tmp_path}/out "
     run(line)
@@ -704,7 +861,8 @@ def test_nothing_is_overwritten(data, tmp_path):
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", ["--ema_decay 0.9 --lr_schedule cosine --warmup_steps 6",
-                                   "--ema_decay 0 --lr_schedule step --lr_drop 2 --warmup_steps 0"])
+                                   "--ema_decay 0 --lr_schedule step --lr_drop 2 --warmup_steps 0",
+                                   "--ema_decay 0 --lr_schedule step --lr_drop_epochs 1 3 --warmup_steps 0 --sgd"])
 def test_interrupted_training_ends_as_the_unbroken_one(data, tmp_path, monkeypatch, flags):
     line = SMALL + f"--coco_path {data} --epochs 4 --eval_every 4 --lr 1e-3 --random_crop --multi_scale {flags} "
     run(line + f"--output_dir {tmp_path}/whole")
@@ -726,7 +884,11 @@ def test_interrupted_training_ends_as_the_unbroken_one(data, tmp_path, monkeypat
     assert all(whole["lr_scheduler"][key] == broken["lr_scheduler"][key] for key in ("last_epoch", "_last_lr"))
     assert log(tmp_path / "whole") == log(tmp_path / "broken")
     drops = {path.name for path in (tmp_path / "whole").glob("checkpoint0*.pth")}
-    assert drops == ({"checkpoint0001.pth", "checkpoint0003.pth"} if "lr_drop" in flags else set())
+    assert drops == ({"checkpoint0000.pth", "checkpoint0002.pth"} if "lr_drop_epochs" in flags else
+                     {"checkpoint0001.pth", "checkpoint0003.pth"} if "lr_drop" in flags else set())
+    options = whole["optimizer"]["param_groups"][0]
+    assert options.get("momentum") == (0.9 if "--sgd" in flags else None)
+    assert all(("momentum_buffer" in kept) == ("--sgd" in flags) for kept in whole["optimizer"]["state"].values())
 
 
 def test_each_epoch_has_its_own_order(data, tmp_path, monkeypatch):
@@ -805,8 +967,86 @@ def test_learning_rates():
     assert rates(warm, 3) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     cosine = TrainConfig(epochs=2, lr_schedule="cosine")
     assert rates(cosine, 2) == pytest.approx([1, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2])
-    for train in (step, warm, cosine):
+    listed = TrainConfig(epochs=5, lr_drop=2, lr_drop_epochs=(1, 4))
+    assert rates(listed, 2) == pytest.approx([1] * 2 + [0.1] * 6 + [0.01] * 2)
+    parameter = torch.nn.Parameter(torch.zeros(1))                              # PyTorch's own, which steps with epochs
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    published = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 4])
+    for rate in rates(listed, 1):
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        published.step()
+    assert rates(TrainConfig(epochs=3, lr_drop=1, lr_drop_epochs=()), 1) == [1, 1, 1]
+    for train in (step, warm, cosine, listed):
         assert rates(train, 3, first_epoch=1) == pytest.approx(rates(train, 3)[3:])
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_optimizers_and_any_number_of_groups(sgd):
+    """As published: each group has its own learning rate, which falls by the same factor; the rest is the same."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-2, 1e-3, 1e-4)]
+    parameters = [p for group in groups for p in group["params"]]
+    train = TrainConfig(lr=1e-2, weight_decay=0.1, epochs=3, lr_drop_epochs=(1, 2), sgd=sgd)
+    optimizer = main.make_optimizer(groups, train)
+    assert type(optimizer) is (torch.optim.SGD if sgd else torch.optim.AdamW)
+    schedule = main.learning_rate_schedule(optimizer, train, 2, 0)
+    values, buffers = [1.0] * 3, [0.0] * 3
+    for step in range(6):
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        assert lrs == pytest.approx([lr * 0.1 ** (step // 2) for lr in (1e-2, 1e-3, 1e-4)])
+        for parameter in parameters:
+            parameter.grad = torch.full((2,), 0.5)
+        optimizer.step()
+        schedule.step()
+        if sgd:                                                                 # momentum and L2, written out
+            buffers = [0.9 * buffer + 0.5 + 0.1 * value for buffer, value in zip(buffers, values)]
+            values = [value - lr * buffer for value, lr, buffer in zip(values, lrs, buffers)]
+            assert [parameter[0].item() for parameter in parameters] == pytest.approx(values, rel=1e-6)
+    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
+
+
+def test_a_model_that_learns_at_three_rates(data, tmp_path, monkeypatch):
+    def three(self, model, lr):
+        heads = {id(p) for name, p in model.named_parameters() if "class_embed" in name}
+        return [{"params": [p for p in model.parameters() if id(p) not in heads], "lr": lr},
+                {"params": [], "lr": self.lr_backbone},
+                {"params": [p for p in model.parameters() if id(p) in heads], "lr": 0.1 * lr}]
+    monkeypatch.setattr(ModelConfig, "parameter_groups", three)
+    line = SMALL + (f"--coco_path {data} --output_dir {tmp_path}/out --lr 1e-3 --lr_backbone 5e-4 --warmup_steps 0 "
+                    "--lr_schedule step --lr_drop_epochs 1 --eval_every 9 ")
+    run(line + "--epochs 2")
+    _, text = run(f"--resume {tmp_path}/out/checkpoint.pth --num_workers 0 --device cpu --epochs 3 --lr_drop_epochs 1 2")
+    assert "epoch 2 is next" in text and "--epochs 3 (was 2), --lr_drop_epochs 1 2 (was 1)" in text
+    assert [row["train_lr"] for row in log(tmp_path / "out")] == pytest.approx([1e-3, 1e-4, 1e-5])
+    groups = checkpoint.load(tmp_path / "out" / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-5, 5e-6, 1e-6])
+    assert len(groups[0]["params"]) > len(groups[2]["params"]) > 0 == len(groups[1]["params"])
+
+
+def test_three_groups_are_restored():
+    model = Heads(3, layers=3)
+
+    def made(train: TrainConfig, rates: tuple[float, ...]):
+        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None)
+        groups = [{"params": [*head.parameters()], "lr": lr} for head, lr in zip(model.class_embed, rates)]
+        return settings, main.make_optimizer(groups, train)
+
+    for sgd in (False, True):
+        resumed, train = None, TrainConfig(epochs=9, sgd=sgd)
+        _, optimizer = made(train, (1.0, 0.1, 0.01))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        resumed = {"optimizer": optimizer.state_dict(), "epoch": 4}
+        settings, fresh = made(dataclasses.replace(train, weight_decay=0.5), (2.0, 0.2, 0.02))
+        with redirect_stdout(io.StringIO()):
+            assert main.restore(settings, model, fresh, None) == 5
+        assert [(g["lr"], g["weight_decay"]) for g in fresh.param_groups] == [(2.0, 0.5), (0.2, 0.5), (0.02, 0.5)]
+        assert same(fresh.state_dict()["state"], optimizer.state_dict()["state"]) and fresh.state
+        settings, two = made(train, (1.0, 0.1))
+        with pytest.raises(ValueError, match="does not fit the parameters that train now.*resume with the same "
+                                             "--lr_backbone, --from_scratch as before"):
+            main.restore(settings, model, two, None)
 
 
 def test_moving_average():
@@ -833,6 +1073,14 @@ def test_checkpoints_that_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", *(f"checkpoint{epoch:04}.pth"
                                                                 for epoch in (59, 99, 119, 179, 199))]
     assert checkpoint.load(tmp_path / "checkpoint.pth")["epoch"] == 199
+
+
+def test_checkpoints_before_each_drop(tmp_path):
+    train = TrainConfig(lr_drop=1, lr_drop_epochs=(3, 4, 9))
+    for epoch in range(12):
+        main.save_checkpoints(tmp_path, {"model": {}, "epoch": epoch}, train, epoch)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", *(f"checkpoint{epoch:04}.pth" for epoch in (2, 3, 8))]
+    assert checkpoint.load(tmp_path / "checkpoint0008.pth")["epoch"] == 8
 
 
 def test_parts_of_the_command_line_are_those_of_the_configurations():

@@ -4,9 +4,9 @@ import torch
 import torchvision
 from torch import nn
 
-from detr.backbone import IMAGENET_URLS, build_backbone, freeze, resize_mask
+from detr.backbone import IMAGENET_URLS, build_backbone, freeze
 from detr.backbone.resnet import SIZES, FrozenBatchNorm2d, ResNet, group_norm
-from detr.nested_tensor import nested_tensor_from_tensor_list
+from detr.nested_tensor import nested_tensor_from_tensor_list, resize_mask
 
 FROZEN = torchvision.ops.FrozenBatchNorm2d
 PUBLISHED = ["resnet18", "resnet34", "resnet50", "resnet101"]

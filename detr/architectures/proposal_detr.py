@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import build_backbone, channels, freeze
-from ..boxes import refine
+from ..boxes import refine_relative
 from ..config import ModelConfig, flag
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
@@ -109,7 +109,7 @@ class Proposals(nn.Module):
         padding = fine.mask.flatten(1)
         logits, delta = self.heads(content)
         logits = logits.masked_fill(padding[..., None], self.INVALID)
-        boxes = refine(self.anchors(fine.mask), delta)
+        boxes = refine_relative(self.anchors(fine.mask), delta)
         best = logits.amax(-1).topk(min(self.num_queries, logits.shape[1])).indices             # [B, Q]
 
         def chosen(x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class ProposalDecoder(nn.Module):
             position = self.position(encode_boxes(reference, content.shape[-1] // 2).to(content.dtype))
             content = layer(content, position, memory, memory_key, mask, query_mask)
             logits, delta = self.heads(self.norm(content))
-            boxes = refine(reference, delta)
+            boxes = refine_relative(reference, delta)
             layers.append({"pred_logits": logits.masked_fill(query_mask[..., None], Proposals.INVALID),
                            "pred_boxes": boxes})
             reference = boxes.detach()

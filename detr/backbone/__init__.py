@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..nested_tensor import NestedTensor
+from ..nested_tensor import NestedTensor, resize_mask
 from . import resnet
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {name: resnet.ResNet for name in resnet.SIZES}
@@ -41,13 +39,8 @@ class Backbone(nn.Module):
                 for n, i in enumerate(self.levels)}
 
 
-def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:
-    """The padding mask at the size of a feature map, by nearest neighbour (rounded down), as published."""
-    return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()
-
-
-def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] = (-1,)) -> Backbone:
-    """A backbone by name with random weights, giving the ``levels`` of it, by default its last.
+def build_body(name: str, norm: str, dilation: bool) -> Any:
+    """The body of a backbone by name, with random weights.
 
     ``norm`` is ``frozen`` (fixed statistics, for ImageNet weights), ``batch`` or ``group``.
     """
@@ -55,8 +48,12 @@ def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] =
         raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}")
     if norm not in resnet.NORMS:
         raise ValueError(f"backbone_norm {norm!r} is not known; use one of {', '.join(resnet.NORMS)}")
-    body: Any = FAMILIES[name](name, norm, dilation)
-    return Backbone(body, list(levels))
+    return FAMILIES[name](name, norm, dilation)
+
+
+def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] = (-1,)) -> Backbone:
+    """A backbone by name (see ``build_body``), giving the ``levels`` of it, by default its last."""
+    return Backbone(build_body(name, norm, dilation), list(levels))
 
 
 def channels(backbone: nn.Module) -> list[int]:

@@ -1,0 +1,52 @@
+"""Backbone maps -> the levels of multi-scale attention (Zhu et al., 2021, section 4.1 and figure 4)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .nested_tensor import NestedTensor, resize_mask
+from .structures import FeatureLevels
+
+GROUPS = 32                     # of the normalisation that closes each projection
+
+
+def build_input_proj(channels: Sequence[int], num_levels: int, d_model: int) -> nn.ModuleList:
+    """One projection to ``d_model`` channels a level, each closed by group normalisation: 1x1 convolutions of the
+    backbone's maps, and for further levels 3x3 convolutions of stride 2."""
+    if d_model % GROUPS:
+        raise ValueError(f"--hidden_dim {d_model}: the levels' group normalisation has {GROUPS} groups, so it must "
+                         f"divide by {GROUPS}")
+    inputs = [*channels, channels[-1], *[d_model] * num_levels]         # the first further level sees the raw last map
+    projections = []
+    for i in range(num_levels):
+        convolution = nn.Conv2d(inputs[i], d_model, kernel_size=1) if i < len(channels) else \
+            nn.Conv2d(inputs[i], d_model, kernel_size=3, stride=2, padding=1)
+        nn.init.xavier_uniform_(convolution.weight)
+        nn.init.zeros_(convolution.bias)                                                        # type: ignore[arg-type]
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(GROUPS, d_model)))
+    return nn.ModuleList(projections)
+
+
+def project(input_proj: nn.ModuleList, features: Sequence[NestedTensor], images: NestedTensor) -> list[NestedTensor]:
+    """The backbone's maps, finest first, through ``build_input_proj``'s projections: maps ``[B, D, H, W]``."""
+    maps = [NestedTensor(layer(x.tensors), x.mask) for layer, x in zip(input_proj, features)]
+    source = features[-1].tensors
+    for layer in input_proj[len(features):]:                                                    # type: ignore[union-attr]
+        source = layer(source)
+        maps.append(NestedTensor(source, resize_mask(images, source.shape[-2:])))
+    return maps
+
+
+def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], level_embed: Tensor) -> FeatureLevels:
+    """Maps ``[B, D, H, W]`` and the encodings of their positions, and ``level_embed [L, D]``, which tells the levels
+    apart -> one sequence of tokens."""
+    position = [p.flatten(2).mT + level for p, level in zip(positions, level_embed)]
+    # As published, the first row and column tell how much of a map is not padding.
+    valid = torch.stack([torch.stack([(~x.mask[:, 0]).sum(1), (~x.mask[:, :, 0]).sum(1)], dim=-1) for x in maps], dim=1)
+    shapes = [(x.mask.shape[1], x.mask.shape[2]) for x in maps]
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=valid.device)
+    return FeatureLevels(torch.cat([x.tensors.flatten(2).mT for x in maps], dim=1),
+                         torch.cat([x.mask.flatten(1) for x in maps], dim=1), torch.cat(position, dim=1),
+                         shapes, sizes, valid.clamp(min=1).float())

@@ -47,8 +47,9 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
     ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
     ("Deformable DETR and models with proposals", DeformableDETRConfig,
-     ("with_box_refine", "two_stage", "num_feature_levels", "enc_n_points", "dec_n_points", "position_embedding_scale",
-      "cls_loss_coef", "focal_alpha", "lr_backbone_names", "lr_linear_proj_names", "lr_linear_proj_mult")),
+     ("with_box_refine", "two_stage", "query_content", "num_feature_levels", "enc_n_points", "dec_n_points",
+      "position_embedding_scale", "cls_loss_coef", "focal_alpha", "lr_backbone_names", "lr_linear_proj_names",
+      "lr_linear_proj_mult")),
 ]
 
 # What a training leaves in its folder.
@@ -100,6 +101,7 @@ class Settings:
     run: RunConfig
     resumed: dict[str, Any] | None              # the checkpoint of --resume
     categories: list[Category] | None           # its class table
+    note: str = ""                              # what else to say at start
 
     def as_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers."""
@@ -119,7 +121,7 @@ def settle(args: argparse.Namespace) -> Settings:
     if name is None and resumed is not None:
         name = name_by_shapes(resumed["model"], args.resume)
     if name is None:
-        name = "detr_resnet50" if args.coco_path else "tiny_detr"
+        name = "detr_resnet50" if args.coco_path else "tiny_deformable_detr"
     if name not in PRESETS:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -215,6 +217,9 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "give it a learning rate, such as that of --lr")
     if model.from_scratch and run.backbone_weights:
         raise ValueError("--from_scratch and --backbone_weights contradict each other; choose one")
+    if getattr(model, "with_box_refine", False) and not model.aux_loss and not run.eval:
+        raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
+                         "though each layer refines the boxes of the one before: leave --no_aux_loss out")
     if (run.eval or run.resume) and run.backbone_weights:
         raise ValueError("--backbone_weights begins a training; --eval and --resume take all weights from the "
                          "checkpoint, so leave it out")
@@ -250,10 +255,13 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     """Flags, whether they are useless with these settings, and why."""
     train, data, run = settings.train, settings.data, settings.run
     exact = "x" in data.image_size
+    without_encoder = isinstance(settings.model, DeformableDETRConfig) and not settings.model.enc_layers
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
             ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
             ("lr_drop_epochs", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
+            *[(flag, without_encoder, "without encoder layers, which alone use positions")
+              for flag in ("position_embedding", "position_embedding_scale")],
             ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
             ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]
 
@@ -276,6 +284,16 @@ def choose_device(wanted: str, typed: bool) -> str:
     if typed or wanted != RunConfig.device:
         raise ValueError(f"--device {wanted}: PyTorch finds none on this machine; use --device cpu")
     return "mps" if there["mps"] else "cpu"
+
+
+def without_workers(settings: Settings) -> Settings:
+    """Where few cores do everything, processes that read images take from training more than they give (measured on two:
+    73 images a second without, 53 with two of them). Said; a typed ``--num_workers`` is never replaced."""
+    cores, workers = os.cpu_count() or 1, settings.run.num_workers
+    if cores > 2 or torch.get_num_threads() < cores:
+        return settings
+    note = f"images are read between steps, since {cores} cores compute; --num_workers {workers} would start processes"
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, num_workers=0), note=note)
 
 
 def choose_precision(amp: str, device: torch.device) -> str:
@@ -389,7 +407,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     device_name = choose_device(args.device, "device" in getattr(args, "typed", ()))
     process = distributed.init(device_name, args.dist_url)                 # first, so that one process alone prints
     try:
-        return run(settle(args), process.device)
+        settings = settle(args)
+        if process.device.type == "cpu" and "num_workers" not in config.typed_flags(args, [RunConfig]):
+            settings = without_workers(settings)
+        return run(settings, process.device)
     finally:
         distributed.close()
 
@@ -402,6 +423,8 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     say(f"model: {settings.name}; data: {data.coco_path or 'synthetic'}; device: {device}{missing}; "
         f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
         f"{train.batch_size * world}")
+    if settings.note:
+        say(settings.note)
     if data.coco_path is None and distributed.is_main():
         synthetic_data()                                            # made by one process, for all
     distributed.barrier()

@@ -35,8 +35,9 @@ def build_model(
 
     ``model`` is one of ``list_models()`` and ``flags`` change its configuration, keyword = flag name; or it is what
     ``main.get_args_parser()`` parsed. Flags of training, data and run may stand among them, but have no part in what
-    is built here, and another architecture's flag that is left at its default asks for nothing. ``num_classes`` counts
-    labels from 0, "no object" left out; without it, it is the published number (91; panoptic 250).
+    is built here, and one of DETR's original flags that is left at its default asks other models for nothing.
+    ``num_classes`` counts labels from 0, "no object" left out; without it, it is the published number (91; panoptic
+    250).
 
     Weights are random. Nothing is downloaded unless asked for: ``pretrained=True`` fetches the published weights,
     ``pretrained_backbone=True`` the backbone's ImageNet weights. Raises ValueError for names and flags that do not
@@ -55,7 +56,7 @@ def build_model(
     preset = PRESETS[model]
     if num_classes is None:
         num_classes = 250 if flags.get("dataset_file") == "coco_panoptic" else preset.num_classes
-    defaults = {field.name: field.default for kind in reversed(ARCHITECTURES) for field in dataclasses.fields(kind)}
+    defaults = {field.name: field.default for field in dataclasses.fields(ARCHITECTURES[0])}    # the original flags
     wanted = {name: value for name, value in flags.items()
               if hasattr(preset.model, name) or name not in defaults or value != defaults[name]}
     own, _ = config.divide(wanted, preset.model)

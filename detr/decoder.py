@@ -70,9 +70,9 @@ class DeformableTransformerDecoderLayer(nn.Module):
         def look_at_the_image(x: Tensor) -> Tensor:
             return self.dropout(self.cross_attn(x + query_position, reference, memory, levels))
 
-        def think(x: Tensor) -> Tensor:
-            return feed_forward(x, self.linear1, self.linear2, self.dropout)
-
         content = post_norm(content, look_at_each_other, self.norm2)
         content = post_norm(content, look_at_the_image, self.norm1)
-        return post_norm(content, think, self.norm3)
+        return post_norm(content, self.feed_forward, self.norm3)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)

@@ -26,9 +26,10 @@ from .deformable_cpu import sample as sample_on_cpu
 from .structures import FeatureLevels
 
 Shapes = Sequence[tuple[int, int]]
-Path = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
+Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
 
 ENVIRONMENT = "DETR_DEFORMABLE_PATH"
+TRITON = importlib.util.find_spec("triton") is not None
 served: Counter[str] = Counter()            # calls of each path in this process
 
 
@@ -55,22 +56,32 @@ def sample_with_triton(value: Tensor, shapes: Shapes, locations: Tensor, weights
     return sample(value, shapes, locations, weights)
 
 
-PATHS: dict[str, Path] = {"definition": definition, "cpu": sample_on_cpu, "triton": sample_with_triton}
+PATHS: dict[str, Sampler] = {"definition": definition, "cpu": sample_on_cpu, "triton": sample_with_triton}
+
+
+def check_path(path: str, by: str) -> None:
+    if path not in PATHS:
+        raise ValueError(f"{by} {path!r} is no path of deformable attention; use one of {', '.join(PATHS)}")
 
 
 def choose_path(device: torch.device, path: str | None = None) -> str:
     """The path for a device: what the argument says, else what the environment says, else the fastest there is."""
     wanted, by = (path, "path") if path else (os.environ.get(ENVIRONMENT), ENVIRONMENT)
     if wanted:
-        if wanted not in PATHS:
-            raise ValueError(f"{by} {wanted!r} is no path of deformable attention; use one of {', '.join(PATHS)}")
+        check_path(wanted, by)
+        if wanted == "cpu" and device.type != "cpu":
+            raise ValueError(f"{by} cpu is for tensors on a CPU, and these are on {device}; use triton or definition")
+        if wanted == "triton" and not TRITON:
+            raise ValueError(f"{by} triton: this PyTorch has no Triton; pip install triton, or use definition")
+        if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"{by} triton is for tensors on a GPU, and these are on the CPU; use cpu or definition")
         return wanted
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "definition"                                                             # what compilers can look into
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is not None:
+        if TRITON:
             return "triton"
         warnings.warn("deformable attention runs in plain PyTorch, slowly: this PyTorch has no Triton (pip install "
                       "triton)", stacklevel=2)
@@ -113,6 +124,8 @@ class MSDeformAttn(nn.Module):
         if d_model % n_heads:
             raise ValueError(f"hidden_dim {d_model} does not divide into nheads {n_heads}; "
                              f"choose --nheads among the divisors of --hidden_dim")
+        if path is not None:
+            check_path(path, "path")
         self.n_levels, self.n_heads, self.n_points, self.path = n_levels, n_heads, n_points, path
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
@@ -147,9 +160,9 @@ class MSDeformAttn(nn.Module):
         value = value.unflatten(-1, (self.n_heads, -1))
         points = (self.n_heads, self.n_levels, self.n_points)
         with torch.autocast(query.device.type, enabled=False):      # where to look is worth float32
-            exact = query.to(self.sampling_offsets.weight.dtype)
-            offsets = self.sampling_offsets(exact).unflatten(-1, (*points, 2))              # [B, Q, M, L, P, 2]
-            weights = self.attention_weights(exact).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+            query = query.to(self.sampling_offsets.weight.dtype)
+            offsets = self.sampling_offsets(query).unflatten(-1, (*points, 2))              # [B, Q, M, L, P, 2]
+            weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
             weights = weights.unflatten(-1, points[1:])                                     # [B, Q, M, L, P]
             centre = reference[:, :, None, :, None, :2]
             if reference.shape[-1] == 2:

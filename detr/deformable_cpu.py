@@ -264,7 +264,6 @@ def dot_products(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, grad, table.T, beta=0.0).values()
 
 
-
 @cache
 def hush() -> None:
     """PyTorch says once a process that sparse CSR is in beta; what is used here is compared with the definition."""

@@ -15,9 +15,11 @@ channels, ``share = along * across`` the corner's share and ``w`` the attention 
     d pixel       w * share * gradient, added atomically, since points of many queries meet in one pixel
 
 Sums are taken in float32, and in float64 where value or locations are float64. Only the inputs are kept for backward, and
-no memory is taken beside outputs and gradients, with two exceptions: the gradient of a bfloat16 or float16 value is first
-summed in a float32 buffer (16 bits would lose small terms to large sums), and inputs that are not contiguous are copied.
-Atomic additions come in any order, so the gradient of value differs in its last bits from run to run.
+no memory is taken beside outputs and gradients, with three exceptions: the gradient of a bfloat16 or float16 value is
+first summed in a float32 buffer (16 bits would lose small terms to large sums), inputs that are not contiguous are
+copied, and while it tunes a kernel for a new size Triton takes a cache-clearing buffer for a moment. Atomic additions
+come in any order, so the gradient of value differs in its last bits from run to run; and the tuner chooses by time, so
+that sums may be taken in another order in another process.
 """
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def launch(kernel: Any, value: Tensor, shapes: Shapes, locations: Tensor, weight
         kernel[grid](*arguments, BLOCK_Q=8)
         return
     with torch.cuda.device(value.device):
-        tuned(kernel)[grid](*arguments, enable_fp_fusion=True)
+        tuned(kernel)[grid](*arguments, enable_fp_fusion=True)                     # off by default in newer versions
 
 
 def summed_in(value: Tensor, locations: Tensor) -> torch.dtype:

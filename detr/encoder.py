@@ -71,10 +71,10 @@ class DeformableTransformerEncoderLayer(nn.Module):
         def attend(x: Tensor) -> Tensor:
             return self.dropout(self.self_attn(x + levels.position, reference, x, levels))
 
-        def think(x: Tensor) -> Tensor:
-            return feed_forward(x, self.linear1, self.linear2, self.dropout)
+        return post_norm(post_norm(tokens, attend, self.norm1), self.feed_forward, self.norm2)
 
-        return post_norm(post_norm(tokens, attend, self.norm1), think, self.norm2)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)
 
 
 class DeformableTransformerEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""Backbone maps -> the levels of multi-scale attention (Zhu et al., 2021, section 4.1 and figure 4)."""
+"""Backbone maps -> the levels of multi-scale attention (Zhu et al., 2021, section A.2 and figure 4)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def project(input_proj: nn.ModuleList, features: Sequence[NestedTensor], images:
     """The backbone's maps, finest first, through ``build_input_proj``'s projections: maps ``[B, D, H, W]``."""
     maps = [NestedTensor(layer(x.tensors), x.mask) for layer, x in zip(input_proj, features)]
     source = features[-1].tensors
-    for layer in input_proj[len(features):]:                                                    # type: ignore[union-attr]
+    for layer in list(input_proj)[len(features):]:
         source = layer(source)
         maps.append(NestedTensor(source, resize_mask(images, source.shape[-2:])))
     return maps

@@ -13,9 +13,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers
+        for layer in hidden:
             x = F.relu(layer(x))
-        return self.layers[-1](x)
+        return last(x)
 
 
 def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:

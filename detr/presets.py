@@ -60,9 +60,10 @@ PRESETS: dict[str, Preset] = {
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
     "tiny_deformable_detr": Preset(
         DeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
-                             with_box_refine=True, two_stage=True, num_feature_levels=3, enc_layers=1, dec_layers=2,
-                             dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0, num_queries=30),
-        TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
+                             with_box_refine=True, two_stage=True, query_content="token", num_feature_levels=3,
+                             enc_layers=0, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
+                             num_queries=30, lr_linear_proj_mult=1.0),
+        TrainConfig(lr=2e-3, batch_size=16, epochs=13, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
 }

@@ -1,4 +1,4 @@
-"""Where deformable attention looks from (Zhu et al., 2021, sections 4.1 and A.4)."""
+"""Where deformable attention looks from (Zhu et al., 2021, sections 4.1, A.3 and A.4)."""
 import torch
 from torch import Tensor
 
@@ -9,8 +9,7 @@ from .structures import FeatureLevels
 def encoder_reference_points(levels: FeatureLevels) -> Tensor:
     """The centre of each token's pixel, in every level: ``[B, S, L, 2]`` (x, y) as fractions of a level with its padding,
     though tokens and levels correspond by the part that is not padding."""
-    centres = pixel_centres(levels) / token_values(levels, levels.valid_sizes)                  # [B, S, 2]
-    return centres[:, :, None] * levels.valid_ratios[:, None]
+    return token_centres(levels)[:, :, None] * levels.valid_ratios[:, None]
 
 
 def decoder_reference_points(reference: Tensor, levels: FeatureLevels) -> Tensor:
@@ -20,14 +19,14 @@ def decoder_reference_points(reference: Tensor, levels: FeatureLevels) -> Tensor
     return reference[:, :, None] * ratios[:, None]
 
 
-def pixel_centres(levels: FeatureLevels) -> Tensor:
-    """The centre of each token's pixel in its own level, in pixels: ``[S, 2]`` (x, y)."""
+def token_centres(levels: FeatureLevels) -> Tensor:
+    """The centre of each token's pixel as a fraction of the valid part of its own level: ``[B, S, 2]`` (x, y)."""
     device = levels.tokens.device
     grids = []
     for h, w in levels.shapes:
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
         grids.append(torch.stack([x.flatten(), y.flatten()], dim=-1))
-    return torch.cat(grids) + 0.5
+    return (torch.cat(grids) + 0.5) / token_values(levels, levels.valid_sizes)
 
 
 def token_values(levels: FeatureLevels, values: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def token_values(levels: FeatureLevels, values: Tensor) -> Tensor:
 
 def refine(reference: Tensor, delta: Tensor) -> Tensor:
     """Boxes ``[..., 4]`` in 0..1 that differ from ``reference`` by ``delta``, before the sigmoid (section A.4, iterative
-    bounding box refinement); where the reference is a point ``[..., 2]``, the size is all ``delta``'s."""
+    bounding box refinement); where the reference is a point ``[..., 2]``, the size is all ``delta``'s (section A.3)."""
     known = inverse_sigmoid(reference)
     if reference.shape[-1] == 2:
         known = torch.cat([known, torch.zeros_like(known)], dim=-1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .position_encoding import sine_encoding
-from .reference_points import pixel_centres, token_values
+from .reference_points import token_centres, token_values
 from .structures import FeatureLevels
 
 SIDE = 0.05                     # of a proposal of the finest level before the head changes it: fraction of the image
@@ -20,7 +20,7 @@ def anchors(levels: FeatureLevels) -> tuple[Tensor, Tensor]:
     """The box around each token before the head changes it, as logits ``[B, S, 4]`` (cxcywh), twice as large from level
     to level; and which tokens propose none ``[B, S]``: padding, and those at the border of the image. As published, the
     logits of these are infinite."""
-    centres = pixel_centres(levels) / token_values(levels, levels.valid_sizes)                  # [B, S, 2]
+    centres = token_centres(levels)                                                             # [B, S, 2]
     sides = SIDE * 2.0 ** torch.arange(len(levels.shapes), device=centres.device)
     sides = token_values(levels, sides[:, None].expand(-1, 2)).expand_as(centres)
     boxes = torch.cat([centres, sides], dim=-1)

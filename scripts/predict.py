@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pictures -> the same with boxes, names and scores, and a json of what was found.
 
-    python scripts/predict.py photos 'more/**/*.jpg' one.png --resume outputs/tiny_detr/checkpoint.pth
+    python scripts/predict.py photos 'more/**/*.jpg' one.png --resume outputs/tiny_deformable_detr/checkpoint.pth
 
 SOURCE is an image, a glob in quotes (``**`` goes into folders), or a folder, of which the images directly in it are
 taken. The output folder gets a picture for each image, of its own size and upright as its EXIF orientation says, and

@@ -1,5 +1,6 @@
 """Deformable DETR against the published model: outputs, proposals, losses, ten steps of training, sizes; and what the
 published code cannot do: few tokens, odd sizes, two stages without refinement."""
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -286,6 +287,24 @@ def test_doubled_names_are_one_tensor():
         model.load_state_dict(state, strict=True)
 
 
+def test_copies_keep_the_doubled_heads():
+    """As the moving average of the weights makes them."""
+    model = copy.deepcopy(build_small("deformable_detr_resnet50_two_stage")[0])
+    assert model.transformer.decoder.bbox_embed is model.bbox_embed
+    assert model.transformer.decoder.class_embed is model.class_embed
+
+
+@pytest.mark.parametrize("name", ["deformable_detr_resnet50", "deformable_detr_resnet50_two_stage"])
+def test_export(name):
+    model = build_small(name)[0].eval()
+    batch = torch.stack(images((64, 96), (64, 96)))
+    exported = torch.export.export(model, (batch,), strict=False).module()
+    with torch.no_grad():
+        expected, found = model(batch), exported(batch)
+    for key in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", DEFORMABLE)
 @torch.no_grad()
 def test_outputs(name):
@@ -368,6 +387,30 @@ def test_two_stages_without_refinement():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("content", ["position", "token"])
+def test_what_queries_start_with(content):
+    """The encoded positions of their proposals, whatever the tokens were; or the tokens that proposed."""
+    torch.manual_seed(0)
+    transformer = build_small("deformable_detr_resnet50_two_stage", query_content=content)[0].transformer
+    d_model, levels = transformer.d_model, make_levels((1, 4), shapes=[(1, 4)], d_model=64)
+    class_head, box_head = nn.Linear(d_model, 3), nn.Linear(d_model, 4)
+    nn.init.zeros_(box_head.weight)                                                 # all boxes as wide as the anchors
+
+    def start(memory: Tensor) -> Tensor:
+        queries = transformer.propose(memory, levels, class_head, box_head, 4)[0]
+        return queries.content[0, queries.reference[0, :, 0].argsort()]             # from left to right
+
+    one, other = torch.randn(2, 1, 4, d_model)
+    assert torch.allclose(start(one), start(other), atol=1e-6) == (content == "position")
+    if content == "token":
+        assert torch.allclose(start(one), transformer.enc_output_norm(transformer.enc_output(one))[0], atol=1e-5)
+
+
+def test_query_content_needs_two_stages():
+    with torch.device("meta"), pytest.raises(ValueError, match="--query_content token is about proposals: add --two"):
+        build_model("deformable_detr_resnet50", query_content="token")
+
+
 @pytest.mark.parametrize("refine_boxes", [False, True])
 def test_references_of_the_layers(refine_boxes, monkeypatch):
     """Refinement: the boxes of a layer, without gradient, are where the next one looks; else all look from one place."""
@@ -411,6 +454,9 @@ def test_learning_rate_groups():
         model = twice.build(NUM_CLASSES)[0]
     with pytest.raises(ValueError, match="sampling_offsets.weight is meant by --lr_backbone_names and by"):
         twice.parameter_groups(model, 1e-3)
+    for flag in ("lr_backbone_names", "lr_linear_proj_names"):
+        with pytest.raises(ValueError, match=f"--{flag} sampling_ofsets: no parameter's name has it in it; names are"):
+            DeformableDETRConfig(backbone="resnet18", **{flag: ("sampling_ofsets",)}).parameter_groups(model, 1e-3)
 
 
 def test_flags_reach_the_parts():
@@ -434,6 +480,7 @@ def test_flags_reach_the_parts():
     ({"hidden_dim": 40}, "--hidden_dim 40: the levels' group normalisation has 32 groups"),
     ({"num_feature_levels": 0}, "--num_feature_levels 0: it must be at least 1"),
     ({"masks": True}, "DeformableDETRConfig has no option 'masks'"),
+    ({"enc_layers": 0, "position_embedding": "learned"}, "the encoder alone uses positions; give --enc_layers 1 or more"),
     ({"eos_coef": 0.2}, "has no option 'eos_coef'")])
 def test_flags_that_do_not_fit(flags, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed",         # 0: the vocabulary
+    {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
      "deformable_cpu", "deformable_triton"},                                                # and kernels
     {"mlp", "residual", "attention", "deformable_attention", "position_encoding", "reference_points"},
     {"backbone", "feature_levels", "encoder", "decoder", "object_queries", "two_stage", "denoising", "prediction_heads",

@@ -58,7 +58,8 @@ NEW = [
     ("image_size", str, "800"), ("max_size", int, 1333), ("multi_scale", bool, True), ("random_crop", bool, True),
     ("cache_mode", bool, False),
     ("cls_loss_coef", float, 2), ("focal_alpha", float, 0.25),
-    ("with_box_refine", bool, False), ("two_stage", bool, False), ("num_feature_levels", int, 4),
+    ("with_box_refine", bool, False), ("two_stage", bool, False), ("query_content", str, "position"),
+    ("num_feature_levels", int, 4),
     ("enc_n_points", int, 4), ("dec_n_points", int, 4), ("position_embedding_scale", float, 2 * math.pi),
     ("lr_backbone_names", tuple[str, ...], ("backbone.0",)),
     ("lr_linear_proj_names", tuple[str, ...], ("reference_points", "sampling_offsets")),
@@ -322,7 +323,7 @@ def test_changes_since_the_checkpoint_are_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line, name", [
-    ("--coco_path x", "detr_resnet50"), ("", "tiny_detr"), ("--model detr_resnet101", "detr_resnet101")])
+    ("--coco_path x", "detr_resnet50"), ("", "tiny_deformable_detr"), ("--model detr_resnet101", "detr_resnet101")])
 def test_which_model_when_none_is_named(line, name):
     assert settle(line).name == name
 
@@ -417,8 +418,14 @@ def test_classes_that_fit():
     ("--dataset_file coco_panoptic", "masks is not there yet"),
     ("--coco_panoptic_path x", "masks is not there yet"),
     ("--model detr_resnet50 --frozen_weights x.pth", "masks is not there yet"),
-    ("--masks", "--masks: tiny_detr has no such option; did you mean "),
+    ("--masks", "--masks: tiny_deformable_detr has no such option; did you mean "),
     ("--model tiny_detr --max_size 300", "--max_size has no effect where --image_size is exact"),
+    ("--model tiny_deformable_detr --position_embedding_scale 1",
+     "--position_embedding_scale has no effect without encoder layers, which alone use positions"),
+    ("--model deformable_detr_resnet50_two_stage --coco_path x --no_aux_loss",
+     "--no_aux_loss with box refinement would leave the heads of all layers but the last untrained"),
+    ("--model deformable_detr_resnet50 --masks", "--masks: deformable_detr_resnet50 has no such option"),
+    ("--coco_path x --two_stage", "--two_stage: detr_resnet50 has no such option"),
     ("--model tiny_detr --lr_drop 3", "--lr_drop has no effect with --lr_schedule cosine"),
     ("--eval --epochs 3", "--epochs has no effect with --eval"),
     ("--eval --cache_mode", "--cache_mode has no effect with --eval, which reads each image once; leave it out"),
@@ -807,13 +814,26 @@ def test_default_data_and_model(monkeypatch, tmp_path):
     monkeypatch.setattr(main, "synthetic_data", lambda: tmp_path / "synthetic")
     monkeypatch.chdir(tmp_path)
     few = SMALL.replace("--model tiny_detr ", "") + "--epochs 1 --amp bf16"
-    for folder in ("outputs/tiny_detr", "outputs/tiny_detr-2"):
+    for folder in ("outputs/tiny_deformable_detr", "outputs/tiny_deformable_detr-2"):
         _, text = run(few)
-        assert text.startswith("making") or text.startswith("model: tiny_detr; data: synthetic")
+        assert text.startswith("model: tiny_deformable_detr; data: synthetic")
+        assert "deformable attention: the cpu path\n" in text
         assert len(log(tmp_path / folder)) == 1
-    state = checkpoint.load("outputs/tiny_detr/checkpoint.pth")
+    state = checkpoint.load("outputs/tiny_deformable_detr/checkpoint.pth")
     assert [row["name"] for row in state["categories"]] == ["circle", "square", "triangle", "star", "ring", "cross"]
-    assert log(tmp_path / "outputs/tiny_detr") == log(tmp_path / "outputs/tiny_detr-2")
+    assert log(tmp_path / "outputs/tiny_deformable_detr") == log(tmp_path / "outputs/tiny_deformable_detr-2")
+
+
+@pytest.mark.parametrize("cores, typed, workers", [(2, "", 0), (2, "--num_workers 2", 2), (2, "--num_workers 1", 1),
+                                                   (8, "", 2)])
+def test_few_cores_read_images_between_steps(cores, typed, workers, monkeypatch):
+    seen = []
+    monkeypatch.setattr(main, "run", lambda settings, device: seen.append(settings))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    main.main(parse(f"--model tiny_detr --device cpu {typed}"))
+    assert seen[0].run.num_workers == workers
+    assert seen[0].note == ("images are read between steps, since 2 cores compute; --num_workers 2 would start processes"
+                            if workers == 0 else "")
 
 
 def test_images_in_memory_train_the_same(data, tmp_path):

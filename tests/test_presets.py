@@ -95,8 +95,8 @@ def test_forward_and_backward(name, counts):
         assert (p.grad is not None) == p.requires_grad, parameter_name
         assert p.grad is None or p.grad.isfinite().all(), parameter_name
     trained = [p for p in model.parameters() if p.requires_grad]
-    if any(counts):                     # key biases and the first self-attention's queries and keys have zeros, rightly
-        assert sum(p.grad.abs().sum() > 0 for p in trained) > 0.9 * len(trained)
+    if any(counts):     # key biases, the first self-attention's queries and keys, and what lies before a box head's first
+        assert sum(p.grad.abs().sum() > 0 for p in trained) > 0.85 * len(trained)           # zeros have zeros, rightly
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -136,8 +136,9 @@ def test_what_another_architecture_has_may_be_left_out_in_words():
     build_small("deformable_detr_resnet50", masks=False, mask_loss_coef=1, frozen_weights=None)
     with pytest.raises(ValueError, match="no option 'masks'"):
         build_small("deformable_detr_resnet50", masks=True)
-    with pytest.raises(ValueError, match="no option 'two_stage'"):
-        build_small("detr_resnet50", two_stage=True)
+    for flags in ({"two_stage": True}, {"num_feature_levels": 4}):
+        with pytest.raises(ValueError, match=f"no option '{next(iter(flags))}'"):
+            build_small("detr_resnet50", **flags)
 
 
 def test_flags_of_training_change_nothing():

@@ -104,3 +104,15 @@ def test_evaluation_gives_the_numbers_of_one_process(folder):
     assert done.stdout.count("changed since") == done.stdout.count("--batch_size 1 (was 2)") == 1
     trained = json.loads((folder / "out" / "log.txt").read_text().splitlines()[-1])["test_coco_eval_bbox"]
     assert one["coco_eval_bbox"] == pytest.approx(trained, abs=1e-6) and trained[1] > 0.02
+
+
+def test_deformable_training(folder):
+    """Every parameter takes part in every step, or the processes would wait for each other; and all hold the same."""
+    flags = [flag.replace("tiny_detr", "tiny_deformable_detr") for flag in SMALL]
+    done = torchrun(folder / "watched.py", *flags, "--coco_path", folder / "data", "--output_dir", folder / "deformable",
+                    "--batch_size", 2, "--epochs", 1, "--ema_decay", 0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (torch.load(folder / "deformable" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    row = json.loads((folder / "deformable" / "log.txt").read_text())
+    assert math.isfinite(row["train_loss"]) and math.isfinite(row["train_loss_ce_enc"])

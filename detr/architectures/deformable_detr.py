@@ -40,6 +40,8 @@ class DeformableDETRConfig(ModelConfig):
     """Deformable DETR's flags; the defaults are the paper's ResNet-50 model with four levels."""
     with_box_refine: bool = flag(False, "each decoder layer refines the boxes of the one before")
     two_stage: bool = flag(False, "queries begin at the encoder's best proposals")
+    query_content: str = flag("position", "what two-stage queries start with: the encoded 'position' of their proposal, "
+                              "as published, or the 'token' that proposed it", ("position", "token"))
     num_feature_levels: int = flag(4, "levels of multi-scale attention: maps of stride 8 and coarser", least=1)
     enc_n_points: int = flag(4, "points that an encoder head samples in each level", least=1)
     dec_n_points: int = flag(4, "points that a decoder head samples in each level", least=1)
@@ -58,9 +60,14 @@ class DeformableDETRConfig(ModelConfig):
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
+        if self.query_content == "token" and not self.two_stage:
+            raise ValueError("--query_content token is about proposals: add --two_stage")
+        if self.position_embedding == "learned" and not self.enc_layers:
+            raise ValueError("--position_embedding learned: the encoder alone uses positions; give --enc_layers 1 or "
+                             "more")
         body = build_body(self.backbone, self.backbone_norm, self.dilation)
         fine = [i for i, stride in enumerate(body.strides) if stride >= FINEST_STRIDE or i + 1 == len(body.strides)]
-        backbone = Backbone(body, fine[-self.num_feature_levels:] if self.num_feature_levels > 1 else [-1])
+        backbone = Backbone(body, fine[-self.num_feature_levels:])
         freeze(backbone, self.from_scratch, self.lr_backbone)
         position = build_position_encoding(self.position_embedding, self.hidden_dim, self.position_embedding_scale,
                                            offset=-0.5)
@@ -69,7 +76,7 @@ class DeformableDETRConfig(ModelConfig):
                                             DeformableTransformerEncoder(self.enc_layers, *layer, self.enc_n_points),
                                             DeformableTransformerDecoder(self.dec_layers, *layer, self.dec_n_points,
                                                                          with_box_refine=self.with_box_refine),
-                                            self.two_stage)
+                                            self.two_stage, self.query_content == "token")
         model = DeformableDETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
                                self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage)
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
@@ -86,10 +93,16 @@ class DeformableDETRConfig(ModelConfig):
 
     def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         """A model's trainable parameters in the published groups: the others, the backbone's, and those that say where
-        to look, which learn slower (section A.4)."""
+        to look, which learn slower (section 5)."""
         def named(part: tuple[str, ...], name: str) -> bool:
             return any(keyword in name for keyword in part)
 
+        names = [name for name, _ in model.named_parameters()]
+        for option in ("lr_backbone_names", "lr_linear_proj_names"):
+            for keyword in getattr(self, option):               # the default's may have nothing to name in some variants
+                if keyword not in getattr(DeformableDETRConfig, option) and not any(keyword in name for name in names):
+                    raise ValueError(f"--{option} {keyword}: no parameter's name has it in it; names are such as "
+                                     f"{names[-1]} and {names[0]}")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         backbone, slow = self.lr_backbone_names, self.lr_linear_proj_names
         if both := [name for name, _ in trained if named(backbone, name) and named(slow, name)]:
@@ -111,16 +124,18 @@ class DeformableTransformer(nn.Module):
     """Encoder, start of the queries, decoder (figure 1). Heads are handed in, since the model shares them."""
 
     def __init__(self, d_model: int, num_levels: int, encoder: DeformableTransformerEncoder,
-                 decoder: DeformableTransformerDecoder, two_stage: bool) -> None:
+                 decoder: DeformableTransformerDecoder, two_stage: bool, token_content: bool = False) -> None:
         super().__init__()
-        self.d_model = d_model
+        self.d_model, self.token_content = d_model, token_content
         self.encoder, self.decoder = encoder, decoder
-        self.level_embed = nn.Parameter(torch.empty(num_levels, d_model))
+        # Positions are for the encoder's queries: without layers there, nothing could train this part of them.
+        self.level_embed = nn.Parameter(torch.empty(num_levels, d_model), requires_grad=len(encoder.layers) > 0)
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
-            self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
-            self.pos_trans_norm = nn.LayerNorm(2 * d_model)
+            parts = 1 if token_content else 2                                       # the position, and the content
+            self.pos_trans = nn.Linear(2 * d_model, parts * d_model)
+            self.pos_trans_norm = nn.LayerNorm(parts * d_model)
         else:
             self.reference_points = nn.Linear(d_model, 2)
         for parameter in self.parameters():
@@ -144,15 +159,20 @@ class DeformableTransformer(nn.Module):
     def propose(self, memory: Tensor, levels: FeatureLevels, class_embed: nn.Module, bbox_embed: nn.Module,
                 num_queries: int) -> tuple[Queries, Outputs, Tensor]:
         """The best proposals as queries; all proposals; and which queries had none to start from ``[B, Q]``. A proposal's
-        score is the first class logit: its loss takes all objects for that class (section A.4)."""
+        score is the first class logit: its loss takes all objects for that class (section A.4). What a query knows at
+        first is its proposal's position or, with ``token_content``, the token that proposed it (as in Efficient DETR, Yao
+        et al., 2021), so that fewer decoder layers suffice."""
         tokens = proposing_tokens(memory, levels, num_queries)
         output = self.enc_output_norm(self.enc_output(tokens.memory))
         logits = class_embed(output)                                                            # [B, S, C]
-        coordinates = bbox_embed(output).float() + tokens.anchors                               # [B, S, 4]
+        coordinates = bbox_embed(output) + tokens.anchors                                       # [B, S, 4]
         chosen = best(logits[..., 0], tokens.mask, num_queries)
         reference = coordinates.gather(1, chosen[..., None].expand(-1, -1, 4)).detach()
         start = self.pos_trans_norm(self.pos_trans(encode_proposals(reference, self.d_model // 2).to(memory.dtype)))
-        position, content = start.chunk(2, dim=-1)
+        if self.token_content:
+            position, content = start, output.gather(1, chosen[..., None].expand(-1, -1, self.d_model))
+        else:
+            position, content = start.chunk(2, dim=-1)
         return (Queries(content, position, reference.sigmoid()),
                 {"pred_logits": logits, "pred_boxes": coordinates.sigmoid()}, tokens.invalid.gather(1, chosen))
 
@@ -172,7 +192,7 @@ class DeformableTransformerDecoder(nn.Module):
         outputs: list[Outputs] = []
         for layer, class_head, box_head in zip(self.layers, class_embed, bbox_embed):
             content = layer(content, position, decoder_reference_points(reference, levels), memory, levels)
-            boxes = refine(reference, box_head(content).float())
+            boxes = refine(reference, box_head(content))
             outputs.append({"pred_logits": class_head(content), "pred_boxes": boxes})
             if self.with_box_refine:
                 reference = boxes.detach()

@@ -26,7 +26,7 @@ from datasets.transforms import Preprocessing, eval_transforms, make_transforms
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
-from detr.backbone import IMAGENET_URLS, body_of
+from detr.backbone import IMAGENET_URLS, body_of, has_statistics
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.presets import ARCHITECTURES, PRESETS
@@ -209,7 +209,7 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
     if "world_size" in typed and run.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--world_size {run.world_size}: processes are started with "
                          f"torchrun --nproc-per-node={run.world_size} main.py ...")
-    if model.from_scratch and model.backbone_norm == "frozen":
+    if model.from_scratch and model.backbone_norm == "frozen" and has_statistics(model.backbone):
         raise ValueError("--from_scratch with --backbone_norm frozen would fix random statistics; "
                          "add --backbone_norm group, or batch where --batch_size is 8 or more")
     if model.from_scratch and model.lr_backbone <= 0:
@@ -319,11 +319,12 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
     elif run.eval:
         say("weights: random, since --eval came without --resume")
     elif settings.model.from_scratch:
-        say(f"weights: random; the whole backbone trains, with {settings.model.backbone_norm} norm and learning rate "
-            f"{settings.model.lr_backbone:g}")
+        norm = f"{settings.model.backbone_norm} norm and " if has_statistics(backbone) else ""
+        say(f"weights: random; the whole backbone trains, with {norm}learning rate {settings.model.lr_backbone:g}")
     else:
         source = run.backbone_weights or IMAGENET_URLS.get(backbone)
-        scratch = "to train the backbone from random weights, add --from_scratch --backbone_norm group --lr_backbone LR"
+        norm = "--backbone_norm group " if has_statistics(backbone) else ""
+        scratch = f"to train the backbone from random weights, add --from_scratch {norm}--lr_backbone LR"
         if source is None:
             raise ValueError(f"no ImageNet weights are known for --backbone {backbone}: name a file with "
                              f"--backbone_weights FILE; {scratch}")

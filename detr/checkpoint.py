@@ -230,14 +230,16 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
 
 
 def load_backbone(body: nn.Module, state_dict: Mapping[str, Any], source: str,
-                  leave_out: Sequence[str] = ("fc.weight", "fc.bias")) -> None:
-    """Load an ImageNet classification file strictly into a backbone's body, all but the classifier ``leave_out``.
+                  leave_out: Sequence[str] | None = None) -> None:
+    """Load an ImageNet classification file strictly into a backbone's body, all but the classifier ``leave_out``, by
+    default what the body names so, or else a ResNet's.
 
     BatchNorm's ``num_batches_tracked`` is ignored where the body (frozen batch norm) has no place for it. What was
     left out is printed. Raises ValueError as ``load_model`` does.
     """
     ours = body.state_dict()
-    left_out = [name for name in leave_out if name in state_dict]
+    classifier = getattr(body, "classifier", ("fc.weight", "fc.bias")) if leave_out is None else leave_out
+    left_out = [name for name in classifier if name in state_dict]
     counters = [name for name in state_dict if _is_counter(name) and name not in ours]
     kept = {name: value for name, value in state_dict.items() if name not in left_out and name not in counters}
     load_model(body, kept, source)

@@ -27,7 +27,7 @@ class ModelConfig:
     """What all architectures have; each adds its own and ``build(num_classes) -> model, criterion, postprocessors``."""
     backbone: str = flag("resnet50", "backbone by name")
     dilation: bool = flag(False, "DC5: the backbone's last stage keeps the resolution of the one before")
-    backbone_norm: str = flag("frozen", "normalisation of the backbone: 'frozen' statistics of a pretrained one, or "
+    backbone_norm: str = flag("frozen", "normalisation of a ResNet: 'frozen' statistics of a pretrained one, or "
                               "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
     from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
     lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", least=0)

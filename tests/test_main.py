@@ -836,6 +836,13 @@ def test_few_cores_read_images_between_steps(cores, typed, workers, monkeypatch)
                             if workers == 0 else "")
 
 
+def test_a_backbone_without_statistics_trains_from_random_weights(data, tmp_path):
+    _, text = run(SMALL + f"--coco_path {data} --backbone pvt_v2_b0 --backbone_norm frozen --epochs 1 "
+                          f"--output_dir {tmp_path}")
+    assert "weights: random; the whole backbone trains, with learning rate 0.002" in text
+    assert math.isfinite(log(tmp_path)[0]["train_loss"])
+
+
 def test_images_in_memory_train_the_same(data, tmp_path):
     line = SMALL + f"--coco_path {data} --epochs 2 --random_crop --multi_scale --output_dir {tmp_path}/"
     _, plain = run(line + "plain")

@@ -1,8 +1,8 @@
 """Backbones: image -> feature maps.
 
 The contract of a family: ``body(images [B, 3, H, W])`` returns a list of maps ``[B, channels[i], H / strides[i],
-W / strides[i]]`` (rounded up), finest first, and states ``channels`` and ``strides``. A family is one file here and one
-line of ``FAMILIES``.
+W / strides[i]]`` (rounded up, or down where patches do not overlap), finest first, and states ``channels`` and
+``strides``. ``classifier``: what only classification files have. A family is one file here and one line of ``FAMILIES``.
 """
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from typing import Any
 from torch import nn
 
 from ..nested_tensor import NestedTensor, resize_mask
-from . import resnet
+from . import pvt, resnet
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {name: resnet.ResNet for name in resnet.SIZES}
-# What torchvision trained on ImageNet for DETR's backbones (IMAGENET1K_V1).
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    **{name: resnet.ResNet for name in resnet.SIZES},
+    **{name: pvt.PyramidVisionTransformer for name in pvt.SIZES},
+    **{name: pvt.PyramidVisionTransformerV2 for name in pvt.SIZES_V2},
+}
+# What torchvision trained on ImageNet for DETR's backbones (IMAGENET1K_V1), and the authors of PVT for theirs.
 IMAGENET_URLS = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    **{name: f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth" for name in (*pvt.SIZES, *pvt.SIZES_V2)},
 }
 
 
@@ -54,6 +59,11 @@ def build_body(name: str, norm: str, dilation: bool) -> Any:
 def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] = (-1,)) -> Backbone:
     """A backbone by name (see ``build_body``), giving the ``levels`` of it, by default its last."""
     return Backbone(build_body(name, norm, dilation), list(levels))
+
+
+def has_statistics(name: str) -> bool:
+    """Whether a backbone's normalisation keeps statistics of batches, which must not be frozen while they are random."""
+    return name in resnet.SIZES
 
 
 def channels(backbone: nn.Module) -> list[int]:

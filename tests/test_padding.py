@@ -1,0 +1,134 @@
+"""Layers of a padded batch against PyTorch's own layers on each image alone."""
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detr import padding
+
+CHANNELS = 8
+
+
+def batch(seed: int, smallest: int = 5, dtype: torch.dtype = torch.float64):
+    """Images of random sizes in one tensor that may be larger than all of them, with NaN where there is no image."""
+    rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
+    sizes = [(rng.randint(smallest, 20), rng.randint(smallest, 20)) for _ in range(rng.randint(1, 4))]
+    height, width = (max(side) + rng.randint(0, 3) for side in zip(*sizes))
+    x = torch.full((len(sizes), CHANNELS, height, width), float("nan"), dtype=dtype)
+    for image, (h, w) in zip(x, sizes):
+        image[:, :h, :w] = torch.randn(CHANNELS, h, w, generator=draw, dtype=dtype)
+    return x, sizes
+
+
+def alone(x, sizes):
+    return [image[None, :, :h, :w] for image, (h, w) in zip(x, sizes)]
+
+
+def check(out, out_sizes, expected):
+    assert out_sizes == [tuple(y.shape[-2:]) for y in expected]
+    for y, (h, w), wanted in zip(out, out_sizes, expected):
+        torch.testing.assert_close(y[None, :, :h, :w], wanted, atol=1e-12, rtol=0)
+
+
+CONVOLUTIONS = [dict(kernel_size=7, stride=2, padding=3), dict(kernel_size=3, padding=1, groups=CHANNELS),
+                dict(kernel_size=3, padding=2, dilation=2), dict(kernel_size=3, stride=2, padding=1),
+                dict(kernel_size=1, stride=2), dict(kernel_size=4, stride=4), dict(kernel_size=3, stride=2),
+                dict(kernel_size=(1, 5), stride=(2, 1), padding=(0, 2)), dict(kernel_size=2, padding=1)]
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("seed", range(5))
+@torch.no_grad()
+def test_convolution(layer, seed):
+    conv = nn.Conv2d(CHANNELS, CHANNELS, **layer).double()
+    x, sizes = batch(seed)
+    before = x.clone()
+    check(*padding.exact_conv(conv, x, sizes), [conv(y) for y in alone(x, sizes)])
+    assert torch.equal(x.nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("layer", [
+    nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d(2), nn.MaxPool2d(3, 1, padding=1, dilation=1), nn.AvgPool2d(2),
+    nn.AvgPool2d(3, 2, padding=1), nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
+    nn.AvgPool2d((5, 3), (3, 1), padding=(2, 0), count_include_pad=False),
+    nn.AvgPool2d(3, 1, padding=1, divisor_override=4)], ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_pooling(layer, seed):
+    x, sizes = batch(seed)
+    pool = padding.exact_max_pool if isinstance(layer, nn.MaxPool2d) else padding.exact_avg_pool
+    check(*pool(layer, x - 5, sizes), [layer(y - 5) for y in alone(x, sizes)])              # -5: below what pads
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_group_norm(affine, seed):
+    x, sizes = batch(seed, smallest=2)
+    norm = nn.GroupNorm(2, CHANNELS, affine=affine).double()
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    inputs = x.clone().requires_grad_()
+    out = padding.masked_group_norm(inputs, norm, sizes)
+    expected = [norm(y) for y in alone(x.requires_grad_(), sizes)]
+    check(out, sizes, expected)
+    assert out.isfinite().all()
+    padding.zero_outside(out, sizes).square().sum().backward()
+    sum(y.square().sum() for y in expected).backward()
+    torch.testing.assert_close(inputs.grad, x.grad, atol=1e-10, rtol=0)
+
+
+def test_group_norm_in_lower_precision():
+    x, sizes = batch(1, dtype=torch.float32)
+    norm = nn.GroupNorm(2, CHANNELS)
+    out = padding.masked_group_norm(100 + x.bfloat16(), norm.bfloat16(), sizes)     # a mean that bfloat16 drowns in
+    assert out.dtype == torch.bfloat16
+    for y, image, (h, w) in zip(out, x, sizes):
+        exact = F.group_norm((100 + image[None, :, :h, :w].bfloat16()).float(), 2)
+        torch.testing.assert_close(y[None, :, :h, :w].float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("bins", [(7, 7), (1, 1), (3, 5), (30, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_adaptive_average(bins, seed):
+    x, sizes = batch(seed, smallest=1)
+    out = padding.exact_adaptive_avg_pool(x, sizes, bins)
+    for y, image in zip(out, alone(x, sizes)):
+        torch.testing.assert_close(y[None], F.adaptive_avg_pool2d(image, bins), atol=1e-12, rtol=0)
+
+
+def test_lengths():
+    rng = random.Random(0)
+    for _ in range(300):
+        kernel, stride, dilation, length = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 3), rng.randint(13, 40)
+        pad = rng.randint(0, kernel // 2)
+        out = F.conv1d(torch.zeros(1, 1, length), torch.zeros(1, 1, kernel), None, stride, pad, dilation).shape[-1]
+        assert padding.conv_size(length, kernel, stride, pad, dilation) == out
+    assert padding.conv_size(3, 8, 8) == 1                      # an image too small for the kernel keeps a position
+
+
+def test_masks():
+    assert padding.valid_mask([(1, 2), (2, 3)], 2, 3).tolist() == [[[True, True, False], [False] * 3], [[True] * 3] * 2]
+    x = torch.full((2, 1, 2, 3), float("inf"))
+    x[0, 0, 0, :2] = x[1] = 1
+    zeroed = padding.zero_outside(x, [(1, 2), (2, 3)])
+    assert zeroed.tolist() == [[[[1, 1, 0], [0, 0, 0]]], [[[1, 1, 1], [1, 1, 1]]]] and x[0, 0, 1, 0] == float("inf")
+    full = [(2, 3), (2, 3)]
+    assert padding.zero_outside(x, full) is x and padding.unpadded(full, 2, 3) and not padding.unpadded([(2, 2)], 2, 3)
+
+
+def test_errors():
+    x = torch.zeros(2, 3, 8, 9)
+    with pytest.raises(ValueError, match=r"1 sizes for a batch of 2 images \[2, 3, 8, 9\]; give one \(height, width\)"):
+        padding.check_sizes(x, [(8, 9)])
+    for size in [(9, 9), (8, 10), (0, 4)]:
+        with pytest.raises(ValueError, match=rf"size 1 is \({size[0]}, {size[1]}\), outside 1..8, 1..9 of the batch"):
+            padding.check_sizes(x, [(8, 9), size])
+    assert padding.check_sizes(x, torch.tensor([[8, 9], [3, 4]]).tolist()) == [(8, 9), (3, 4)]
+    with pytest.raises(ValueError, match="cannot be padded exactly: use ceil_mode=False"):
+        padding.exact_max_pool(nn.MaxPool2d(2, ceil_mode=True), x, [(8, 9), (3, 4)])
+    with pytest.raises(ValueError, match="padding_mode='zeros', or --padding legacy"):
+        padding.exact_conv(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), x, [(8, 9), (3, 4)])
+    with pytest.raises(ValueError, match="has padding 'same'; exact padding needs it in numbers"):
+        padding.exact_conv(nn.Conv2d(3, 3, 3, padding="same"), x, [(8, 9), (3, 4)])

@@ -824,12 +824,13 @@ def test_default_data_and_model(monkeypatch, tmp_path):
     assert log(tmp_path / "outputs/tiny_deformable_detr") == log(tmp_path / "outputs/tiny_deformable_detr-2")
 
 
-@pytest.mark.parametrize("cores, typed, workers", [(2, "", 0), (2, "--num_workers 2", 2), (2, "--num_workers 1", 1),
-                                                   (8, "", 2)])
-def test_few_cores_read_images_between_steps(cores, typed, workers, monkeypatch):
+@pytest.mark.parametrize("cores, threads, typed, workers", [
+    (2, 2, "", 0), (2, 2, "--num_workers 2", 2), (2, 2, "--num_workers 1", 1), (2, 1, "", 2), (8, 8, "", 2)])
+def test_few_cores_read_images_between_steps(cores, threads, typed, workers, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "run", lambda settings, device: seen.append(settings))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     main.main(parse(f"--model tiny_detr --device cpu {typed}"))
     assert seen[0].run.num_workers == workers
     assert seen[0].note == ("images are read between steps, since 2 cores compute; --num_workers 2 would start processes"

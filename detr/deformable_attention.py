@@ -60,6 +60,7 @@ PATHS: dict[str, Sampler] = {"definition": definition, "cpu": sample_on_cpu, "tr
 
 
 def check_path(path: str, by: str) -> None:
+    """Refuse a name that is no path; ``by`` says who gave it."""
     if path not in PATHS:
         raise ValueError(f"{by} {path!r} is no path of deformable attention; use one of {', '.join(PATHS)}")
 

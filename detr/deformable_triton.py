@@ -183,10 +183,13 @@ def launch(kernel: Any, value: Tensor, shapes: Shapes, locations: Tensor, weight
 
 
 def summed_in(value: Tensor, locations: Tensor) -> torch.dtype:
+    """The type in which sums are taken: the wider one, float32 at least."""
     return torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
 
 
 class DeformableSampling(torch.autograd.Function):
+    """``sample`` and its gradients, a kernel each."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
         ctx.save_for_backward(value, locations, weights)

@@ -70,8 +70,8 @@ class Layout(NamedTuple):
 
 
 def layout_of(shapes: Shapes, points: int, queries: int, dtype: torch.dtype) -> Layout:
-    """The layout for levels of ``shapes``, ``points`` on each and ``queries``. A margin of zeros pays where most pixels are
-    sampled, as in an encoder; few queries, as in a decoder, read the value where it is."""
+    """The layout for levels of ``shapes``, ``points`` on each and ``queries``. A margin of zeros pays where most pixels
+    are sampled, as in an encoder; few queries, as in a decoder, read the value where it is."""
     margin = MARGIN if queries * points * len(shapes) >= sum(h * w for h, w in shapes) else 0
     levels, facts, first = [], [], 0
     for h, w in shapes:

@@ -29,6 +29,7 @@ from detr.architectures.detr import DETRConfig
 from detr.backbone import IMAGENET_URLS, body_of, has_statistics
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
+from detr.distributed import say
 from detr.presets import ARCHITECTURES, PRESETS
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, train_one_epoch
@@ -264,12 +265,6 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
               for flag in ("position_embedding", "position_embedding_scale")],
             ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
             ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]
-
-
-def say(text: str) -> None:
-    """Print once, not once a process."""
-    if distributed.is_main():
-        print(text, flush=True)
 
 
 def choose_device(wanted: str, typed: bool) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from detr import distributed
+from detr.distributed import say
 
 GB = 1e9
 SHARED_MEMORY = Path("/dev/shm")        # where Linux keeps it; containers often have little
@@ -114,8 +115,3 @@ def free_memory() -> float:
     if len(found) == 1 and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):     # not Linux: what there is at all
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found)
-
-
-def say(text: str) -> None:
-    if distributed.is_main():
-        print(text, flush=True)

@@ -94,6 +94,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Print once, not once a process."""
+    if is_main():
+        print(text, flush=True)
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of every process's ``tensor`` (same shape and type everywhere), without gradient; ``tensor`` itself is
     not changed. All processes must call it."""

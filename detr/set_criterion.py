@@ -64,6 +64,13 @@ class SetCriterion(nn.Module):
         return number.clamp(min=1)
 
 
+def every_row(weights: dict[str, float], dec_layers: int, aux_loss: bool, proposals: bool = False) -> dict[str, float]:
+    """The weights of one layer's losses, for all that ``SetCriterion`` supervises: with ``aux_loss`` the earlier decoder
+    layers too, and with ``proposals`` those of a two-stage model."""
+    suffixes = [""] + [f"_{i}" for i in range(dec_layers - 1)] * aux_loss + ["_enc"] * proposals
+    return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
+
+
 def in_float32(outputs: Outputs) -> Outputs:
     """Logits, boxes and masks of one layer, in float32."""
     full: Outputs = {"pred_logits": outputs["pred_logits"].float(), "pred_boxes": outputs["pred_boxes"].float()}

@@ -28,7 +28,7 @@ from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding
 from ..postprocess import PostProcessTopK
 from ..reference_points import decoder_reference_points, refine
-from ..set_criterion import SetCriterion
+from ..set_criterion import SetCriterion, every_row
 from ..structures import FeatureLevels, Outputs
 from ..two_stage import best, encode_proposals, proposing_tokens
 
@@ -88,8 +88,7 @@ class DeformableDETRConfig(ModelConfig):
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer and of the proposals."""
         weights = {"loss_ce": self.cls_loss_coef, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
-        suffixes = [""] + [f"_{i}" for i in range(self.dec_layers - 1)] * self.aux_loss + ["_enc"] * self.two_stage
-        return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
+        return every_row(weights, self.dec_layers, self.aux_loss, self.two_stage)
 
     def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         """A model's trainable parameters in the published groups: the others, the backbone's, and those that say where
@@ -178,12 +177,12 @@ class DeformableTransformer(nn.Module):
 
 
 class DeformableTransformerDecoder(nn.Module):
-    """Decoder layers. With box refinement, each looks around the boxes of the one before."""
+    """Decoder layers, and where each of them looks from."""
 
     def __init__(self, num_layers: int, *layer: Any, with_box_refine: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DeformableTransformerDecoderLayer(*layer) for _ in range(num_layers))
-        self.with_box_refine = with_box_refine
+        self.next_reference = refined if with_box_refine else unchanged
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels, class_embed: nn.ModuleList,
                 bbox_embed: nn.ModuleList) -> list[Outputs]:
@@ -194,9 +193,18 @@ class DeformableTransformerDecoder(nn.Module):
             content = layer(content, position, decoder_reference_points(reference, levels), memory, levels)
             boxes = refine(reference, box_head(content))
             outputs.append({"pred_logits": class_head(content), "pred_boxes": boxes})
-            if self.with_box_refine:
-                reference = boxes.detach()
+            reference = self.next_reference(reference, boxes)
         return outputs
+
+
+def refined(reference: Tensor, boxes: Tensor) -> Tensor:
+    """With box refinement, a layer looks around the boxes of the one before; these learn from their own loss alone."""
+    return boxes.detach()
+
+
+def unchanged(reference: Tensor, boxes: Tensor) -> Tensor:
+    """Without, all layers look from where the queries began."""
+    return reference
 
 
 class DeformableDETR(nn.Module):

@@ -18,7 +18,7 @@ from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding
 from ..postprocess import PostProcess
-from ..set_criterion import Loss, SetCriterion
+from ..set_criterion import Loss, SetCriterion, every_row
 from ..structures import Outputs
 
 
@@ -56,8 +56,7 @@ class DETRConfig(ModelConfig):
         weights = {"loss_ce": 1.0, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
         if self.masks:
             weights |= {"loss_mask": self.mask_loss_coef, "loss_dice": self.dice_loss_coef}
-        layers = range(self.dec_layers - 1) if self.aux_loss else ()
-        return weights | {f"{name}_{i}": weight for i in layers for name, weight in weights.items()}
+        return every_row(weights, self.dec_layers, self.aux_loss)
 
 
 class Transformer(nn.Module):

@@ -29,7 +29,7 @@ from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding, encode_boxes
 from ..postprocess import PostProcessTopK
-from ..set_criterion import SetCriterion
+from ..set_criterion import SetCriterion, every_row
 from ..structures import Outputs
 
 
@@ -57,8 +57,7 @@ class ProposalDETRConfig(ModelConfig):
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of the last decoder layer, the earlier ones, and the proposals."""
         weights = {"loss_ce": self.cls_loss_coef, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
-        layers = [f"_{i}" for i in range(self.dec_layers - 1)] if self.aux_loss else []
-        return {name + suffix: weight for suffix in ["", *layers, "_enc"] for name, weight in weights.items()}
+        return every_row(weights, self.dec_layers, self.aux_loss, proposals=True)
 
 
 class Heads(nn.Module):

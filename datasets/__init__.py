@@ -14,13 +14,14 @@ from detr.structures import Category, Target
 
 
 def build_coco(split: str, coco_path: str | Path, transforms: Transforms | None = None, return_masks: bool = False,
-               categories: Sequence[Category] | None = None, cache_mode: bool = False) -> CocoDetection:
+               categories: Sequence[Category] | None = None, cache_mode: bool = False,
+               channels: int = 3) -> CocoDetection:
     """COCO 2017 or data in its layout; arguments as for ``build_dataset``."""
     root = Path(coco_path)
     if not root.is_dir():
         raise FileNotFoundError(f"--coco_path {root}: there is no such folder. {LAYOUT}")
     return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transforms,
-                         return_masks, categories, cache_mode)
+                         return_masks, categories, cache_mode, channels)
 
 
 DATASETS: dict[str, Callable[..., CocoDetection]] = {"coco": build_coco}
@@ -28,12 +29,13 @@ DATASETS: dict[str, Callable[..., CocoDetection]] = {"coco": build_coco}
 
 def build_dataset(split: str, coco_path: str | Path, dataset_file: str = "coco", *,
                   transforms: Transforms | None = None, return_masks: bool = False,
-                  categories: Sequence[Category] | None = None, cache_mode: bool = False) -> CocoDetection:
+                  categories: Sequence[Category] | None = None, cache_mode: bool = False,
+                  channels: int = 3) -> CocoDetection:
     """The ``split`` ("train" or "val") of the data below ``coco_path``.
 
     ``dataset_file`` names one of ``DATASETS``, which says how to read it. ``categories`` is the class table to use
     (that of the training data for the validation data, that of a checkpoint), by default the data's own. ``cache_mode``
-    reads all image files at once and keeps them in memory.
+    reads all image files at once and keeps them in memory. ``channels`` is what images have, see ``read_image``.
     """
     if dataset_file not in DATASETS:
         raise ValueError(f"--dataset_file {dataset_file}: there is no such kind of data; there are "
@@ -41,7 +43,7 @@ def build_dataset(split: str, coco_path: str | Path, dataset_file: str = "coco",
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r}: there are 'train' and 'val'")
     return DATASETS[dataset_file](split, coco_path, transforms=transforms, return_masks=return_masks,
-                                  categories=categories, cache_mode=cache_mode)
+                                  categories=categories, cache_mode=cache_mode, channels=channels)
 
 
 def build_evaluators(dataset: CocoDetection) -> list[CocoEvaluator]:

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.file_cache import FileCache
-from datasets.images import read_image
+from datasets.images import Picture, height_width, read_image
 from detr.distributed import is_main
 from detr.structures import Category, Target
 
@@ -50,10 +49,11 @@ COCO_CATEGORIES = {
 class CocoDetection(Dataset):
     """The images that ``annotation_file`` lists, with their objects: ``(image, target)``.
 
-    Without ``transforms`` the image is a PIL image and the target's boxes are corners in its pixels; the lists of
-    ``datasets.transforms`` turn them into what models take. Boxes are clipped to the image. Crowd annotations and boxes
-    that have no width or height are no objects, and are counted in a printed line; images without objects stay.
-    ``return_masks`` adds ``masks``. ``cache_mode`` keeps the image files in memory, see ``FileCache``.
+    Without ``transforms`` the image is what ``read_image`` gives for ``channels``, and the target's boxes are corners in
+    its pixels; the lists of ``datasets.transforms`` turn them into what models take. Boxes are clipped to the image.
+    Crowd annotations and boxes that have no width or height are no objects, and are counted in a printed line; images
+    without objects stay. ``return_masks`` adds ``masks``. ``cache_mode`` keeps the image files in memory, see
+    ``FileCache``.
 
     ``categories`` is the class table to use; the file's categories must be among it. Without it the table is the
     file's own, see ``class_table``. Raises FileNotFoundError where a folder, file or image is missing and ValueError
@@ -62,10 +62,11 @@ class CocoDetection(Dataset):
 
     def __init__(self, image_folder: str | Path, annotation_file: str | Path, transforms: Transforms | None = None,
                  return_masks: bool = False, categories: Sequence[Category] | None = None,
-                 cache_mode: bool = False) -> None:
+                 cache_mode: bool = False, channels: int = 3) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
+        self.channels = channels
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image folder {self.image_folder} is not there. {LAYOUT}")
         data, notes = read_annotations(self.annotation_file)
@@ -102,17 +103,20 @@ class CocoDetection(Dataset):
     def __getitem__(self, i: int) -> tuple[Any, Target]:
         image, target = self.image(i), self.target(i)
         height, width = target["size"].tolist()
-        if (image.height, image.width) != (height, width):
-            raise ValueError(f"image {self.image_folder / self.files[i]} has {image.width} x {image.height} pixels "
+        there = height_width(image)
+        if there != (height, width):
+            raise ValueError(f"image {self.image_folder / self.files[i]} has {there[1]} x {there[0]} pixels "
                              f"once its EXIF orientation is applied, but {self.annotation_file} says {width} x "
                              f"{height} for image id {self.ids[i]}, so its boxes would be misplaced; correct width, "
                              f"height and boxes there, or copy the file that was annotated here")
         return self.transforms(image, target) if self.transforms else (image, target)
 
-    def image(self, i: int) -> Image:
-        """Image ``i`` before ``transforms``: PIL, RGB, upright. Raises OSError with its name and id."""
+    def image(self, i: int) -> Picture:
+        """Image ``i`` before ``transforms``, upright: PIL, RGB or grey, or uint8 ``[C, H, W]`` for another number of
+        ``channels``. Raises OSError with its name and id."""
+        content = None if self._cache is None else self._cache[i]
         try:
-            return read_image(self.image_folder / self.files[i], None if self._cache is None else self._cache[i])
+            return read_image(self.image_folder / self.files[i], content, self.channels)
         except OSError as error:
             raise type(error)(f"{error} (image id {self.ids[i]} of {self.annotation_file})") from error
 
@@ -147,10 +151,10 @@ class CocoDetection(Dataset):
         if categories is None:
             return table
         known = {(category.id, category.name) for category in categories}
-        foreign = [f"{id} {name!r}" for _, id, name in table if (id, name) not in known]
+        foreign = [f"{row.id} {row.name!r}" for row in table if (row.id, row.name) not in known]
         if foreign:
             raise ValueError(f"{self.annotation_file}: categories {_some(foreign)} are not in the class table to be "
-                             f"used, which has {_some([f'{id} {name!r}' for _, id, name in categories], 8)}; training "
+                             f"used, which has {_some([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
                              f"data, validation data and checkpoint must have the same ids and names")
         return list(categories)
 

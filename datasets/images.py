@@ -1,49 +1,183 @@
-"""Image files -> RGB, upright, 8 bits: the one way pictures are read, in training, evaluation and prediction."""
+"""Image files -> upright pictures of 8 bits: the one way they are read, in training, evaluation and prediction."""
 from __future__ import annotations
 
 import io
 import struct
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image, ImageOps
+from PIL import TiffImagePlugin as tiff
+from torch import Tensor
 
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)    # Pillow's
+Picture = Image.Image | Tensor
+"""PIL, RGB or grey; for another number of channels a uint8 tensor ``[C, H, W]``."""
+
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, struct.error,   # Pillow's and NumPy's
+            TokenError, Image.DecompressionBombError)
+_ORIENTATION = ExifTags.Base.Orientation
+_PREDICTS = (5, 8, 32946, 34925, 50000)                            # LZW, deflate, deflate, LZMA, ZSTD
+_LOSSLESS = (1, 32773, *_PREDICTS)                                 # nothing, PackBits
+_PLACES = (tiff.STRIPOFFSETS, tiff.STRIPBYTECOUNTS, tiff.TILEOFFSETS, tiff.TILEBYTECOUNTS)
+_LAYOUT = (tiff.IMAGEWIDTH, tiff.IMAGELENGTH, tiff.COMPRESSION, tiff.FILLORDER, tiff.ROWSPERSTRIP, tiff.TILEWIDTH,
+           tiff.TILELENGTH, *_PLACES)
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """The image at ``path`` as PIL RGB, 8 bits, as a viewer shows it: EXIF orientation is applied.
+def read_image(path: str | Path, content: bytes | None = None, channels: int = 3) -> Picture:
+    """The image at ``path`` in 8 bits, as a viewer shows it: EXIF orientation is applied.
 
-    Grey, black and white, palette, CMYK and YCbCr files become RGB. Transparency is ignored: a transparent pixel keeps
-    the colour that is stored for it, as in the published reader. Grey of 16 bits is scaled from its full range,
-    0..65535, to 0..255. An animation gives its first picture. Where the file's ``content`` is given, the file itself
-    is not opened.
+    3 channels give PIL RGB, and 1 gives PIL grey (L). Colour, grey, black and white, palette, CMYK and YCbCr files
+    become what is asked for. Transparency is ignored: a transparent pixel keeps the colour that is stored for it, as in
+    the published reader. An animation gives its first picture.
 
-    Raises FileNotFoundError where there is no file, and OSError where it is no image, is damaged or is cut short.
+    Any other number gives a uint8 tensor ``[C, H, W]`` of the channels that the file has, as stored: the bands of a
+    TIFF, or its pages where each has one; red, green, blue and alpha of an RGBA file; or an array ``[H, W, C]`` of
+    numbers (``.npy``, which may also have 1 or 3 channels, but is never converted).
+
+    Numbers of 16 bits are scaled from their full range, 0..65535, to 0..255. Where the file's ``content`` is given, the
+    file itself is not opened.
+
+    Raises FileNotFoundError where there is no file, and OSError where it is no image, is damaged, is cut short or has
+    another number of channels.
     """
     path = Path(path)
     if content is None and not path.is_file():
         raise FileNotFoundError(f"image {path} is not there; correct the path or the name (upper and lower case "
                                 f"differ), or copy the file there")
     size = path.stat().st_size if content is None else len(content)
+    is_array = path.suffix.lower() == ".npy"
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            ImageOps.exif_transpose(image, in_place=True)                       # reads the pixels, too
-            return _to_rgb(image)
+        if channels in (1, 3) and not is_array:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
+                ImageOps.exif_transpose(image, in_place=True)                   # reads the pixels, too
+                return _to_8_bits(image).convert("L" if channels == 1 else "RGB")
+        whole = path.read_bytes() if content is None else content
+        pixels = _of_array(whole) if is_array else _of_bands(whole)             # [H, W, C]
     except Image.UnidentifiedImageError:
+        kind = "JPEG or PNG" if channels in (1, 3) else ".npy, an array [height, width, channels]"
         raise OSError(f"image {path} ({size} bytes) is not in a format that Pillow reads; copy it "
-                      f"again, convert it to JPEG or PNG, or take it out") from None
+                      f"again, convert it to {kind}, or take it out") from None
     except _DAMAGED as error:
         raise OSError(f"image {path} ({size} bytes) cannot be read: {error}; if it is damaged or cut "
                       f"short, copy it again or take it out") from error
+    if pixels.shape[2] != channels:
+        raise OSError(f"image {path} has {pixels.shape[2]} channel{'s' * (pixels.shape[2] != 1)}, not the {channels} of "
+                      f"--in_channels; give --in_channels {pixels.shape[2]}, or a file that has {channels}: a .npy array "
+                      f"[height, width, channels], a TIFF with a band or a page for each"
+                      + (", an RGBA file" if channels == 4 else ""))
+    if channels in (1, 3):
+        return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def height_width(picture: Picture) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return (picture.shape[-2], picture.shape[-1]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):                              # I;16, I;16B, ...; I (32 bits): 16 bits in older Pillow
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"its grey values, {grey.min()} to {grey.max()}, are not of 8 or 16 bits; convert it")
-        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "F":
+        return Image.fromarray(_scaled(grey))
+    if image.mode == "F":
         raise ValueError("its grey values are floating-point numbers of unknown range; convert it to 8 bits")
-    return image.convert("RGB")
+    return image
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """0..65535 -> 0..255, rounded."""
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _of_array(content: bytes) -> np.ndarray:
+    """A ``.npy`` file -> uint8 ``[H, W, C]``; ``[H, W]`` is one channel."""
+    array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise ValueError(f"its numbers are {array.dtype}; convert them to uint8, or to uint16 of the range 0..65535")
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"its array is {list(array.shape)}; [height, width, channels] is needed")
+    array = array if array.ndim == 3 else array[..., None]
+    return array if array.dtype.itemsize == 1 else _scaled(array)
+
+
+def _of_bands(content: bytes) -> np.ndarray:
+    """Any other file -> uint8 ``[H, W, C]`` of its bands, or of a TIFF's pages where each has one."""
+    is_tiff = content[:4] in (b"II*\0", b"MM\0*")
+    if is_tiff and (planes := _bands_of_tiff(content)):
+        return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    with Image.open(io.BytesIO(content)) as image:
+        pages = []
+        for number in range(getattr(image, "n_frames", 1) if is_tiff else 1):
+            image.seek(number)
+            pages.append(_to_8_bits(ImageOps.exif_transpose(image)))
+    first = pages[0]
+    if first.mode in ("P", "PA"):
+        first = first.convert("RGBA" if first.has_transparency_data else "RGB")
+    if len(first.getbands()) > 1:
+        return np.asarray(first)
+    return np.stack([np.asarray(page.convert("L")) for page in pages                # smaller pages are previews
+                     if page.size == first.size and len(page.getbands()) == 1], axis=-1)
+
+
+def _bands_of_tiff(content: bytes) -> list[Image.Image]:
+    """The bands of a TIFF's first page, upright, as stored; none where it has one alone or is compressed with loss.
+
+    Pillow itself reads at most four, but undoes every compression. So it is given the same bytes under another
+    directory: rows of W pixels with C bands are rows of W * C pixels with one, and bands that are stored one after the
+    other are files of their own.
+    """
+    file = io.BytesIO(content)
+    tags = tiff.ImageFileDirectory_v2(file.read(8))
+    file.seek(tags.next)
+    tags.load(file)
+    count, width, height = (tags.get(tag, 1) for tag in (tiff.SAMPLESPERPIXEL, tiff.IMAGEWIDTH, tiff.IMAGELENGTH))
+    compression = tags.get(tiff.COMPRESSION, 1)
+    if count == 1 or compression not in _LOSSLESS or tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == 6:
+        return []                                                       # 6: YCbCr, whose bands may differ in size
+    bits, predictor = tags.get(tiff.BITSPERSAMPLE, (1,)), tags.get(tiff.PREDICTOR, 1) if compression in _PREDICTS else 1
+    if set(bits) not in ({8}, {16}) or set(tags.get(tiff.SAMPLEFORMAT, (1,))) != {1} or predictor not in (1, 2):
+        raise ValueError("its bands are not whole numbers of 8 or 16 bits without a sign; convert them")
+    together = tags.get(tiff.PLANAR_CONFIGURATION, 1) == 1
+    kept = {tag: tags[tag] if isinstance(tags[tag], tuple) else (tags[tag],) for tag in _LAYOUT if tag in tags}
+    kept |= {tiff.BITSPERSAMPLE: bits[:1], tiff.PHOTOMETRIC_INTERPRETATION: (1,), tiff.SAMPLESPERPIXEL: (1,)}
+    step = kept.get(tiff.TILEWIDTH, (width,))[0]                        # differences begin anew with each tile
+
+    planes: list[Image.Image] = []
+    for number in range(1 if together else count):
+        if together:
+            own = {tag: (values[0] * count,) if tag in (tiff.IMAGEWIDTH, tiff.TILEWIDTH) else values
+                   for tag, values in kept.items()}
+        else:
+            own = {tag: values[len(values) // count * number:][:len(values) // count] if tag in _PLACES else values
+                   for tag, values in kept.items()}
+        with Image.open(io.BytesIO(_with_directory(content, own))) as image:
+            values = np.array(image).reshape(height, width, -1)
+        values = values.astype(values.dtype.newbyteorder("="))
+        if predictor == 2:                                              # stored are differences to the pixel on the left
+            for left in range(0, width, step):
+                part = values[:, left:left + step]
+                part[:] = part.cumsum(axis=1, dtype=values.dtype)
+        for band in values.transpose(2, 0, 1):
+            plane = Image.fromarray(_scaled(band) if values.dtype.itemsize == 2 else np.ascontiguousarray(band))
+            plane.getexif()[_ORIENTATION] = tags.get(_ORIENTATION, 1)
+            planes.append(ImageOps.exif_transpose(plane))
+    return planes
+
+
+def _with_directory(content: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
+    """A TIFF with another directory of whole numbers, written behind it."""
+    order = "<" if content[:2] == b"II" else ">"
+    start = len(content) + len(content) % 2
+    lists = start + 2 + 12 * len(tags) + 4                              # behind the entries; one value stands within
+    entries, behind = b"", b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(values) > 1:
+            packed, behind = struct.pack(f"{order}I", lists + len(behind)), behind + packed
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + packed
+    return (content[:4] + struct.pack(f"{order}I", start) + content[8:] + bytes(len(content) % 2)
+            + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + behind)

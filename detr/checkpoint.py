@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,17 +112,19 @@ def _admitted() -> list[Any]:
 
 
 def _checkpoints_in(folder: Path) -> str:
-    names = sorted(file.name for file in folder.glob("*.pth"))
+    names = sorted(file.name for ending in ("*.pth", "*.safetensors") for file in folder.glob(ending))
     if not names:
-        return "it has no *.pth files"
+        return "it has no *.pth or *.safetensors files"
     return "it has " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read(file: Path, source: str, map_location: str | torch.device) -> Any:
     try:
+        if file.suffix.lower() == ".safetensors":
+            return _read_safetensors(file, source, map_location)
         with torch.serialization.safe_globals(_admitted()):
             return torch.load(file, map_location=map_location, weights_only=True)
-    except OSError:
+    except (OSError, ImportError):
         raise
     except Exception as error:              # the bytes of a broken file can make the reader stumble in any way
         reason = str(error)
@@ -136,13 +138,22 @@ def _read(file: Path, source: str, map_location: str | torch.device) -> Any:
                          ) from error
 
 
+def _read_safetensors(file: Path, source: str, map_location: str | torch.device) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file  # here alone: few files need it
+    except ImportError as error:
+        raise ImportError(f"{source}: reading a .safetensors file needs the package safetensors; pip install "
+                          f"safetensors") from error
+    return load_file(file, device=str(map_location))
+
+
 def load(path_or_url: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint from a file or an ``http(s)://`` address; its weights are under ``"model"``.
 
     Never runs code from the file: besides tensors, plain containers, strings and numbers only argparse.Namespace and
-    NumPy's scalars are admitted. A file that is a bare state_dict comes back as ``{"model": state_dict}``.
-    Raises FileNotFoundError, IsADirectoryError, OSError (no network), or ValueError (damaged, holding code, no
-    checkpoint).
+    NumPy's scalars are admitted. A file that is a bare state_dict, as one named ``.safetensors`` always is, comes back
+    as ``{"model": state_dict}``. Raises FileNotFoundError, IsADirectoryError, OSError (no network), ImportError (no
+    package safetensors), or ValueError (damaged, holding code, no checkpoint).
     """
     source = str(path_or_url)
     file = fetch(source) if source.startswith(("http://", "https://")) else Path(path_or_url)
@@ -229,20 +240,58 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> 
                          ) from error
 
 
+def adapt_first_layer(weight: Tensor, in_channels: int) -> Tensor:
+    """The filters ``[D, 3, kh, kw]`` of a first layer that sees RGB -> ``[D, in_channels, kh, kw]``.
+
+    Channel c has the filters of colour c mod 3 (R, G, B, R, ...), divided by the number of channels that share this
+    colour. Filters of a colour that no channel has are added to the others, to each an equal part: one channel has the
+    sum of the three, and of two each its own and half of blue's. So the filters of an output sum up to what they did,
+    and an image whose channels are all the same is answered like the grey RGB image.
+    """
+    if weight.ndim != 4 or weight.shape[1] != 3 or in_channels < 1:
+        raise ValueError(f"a first layer {list(weight.shape)} for {in_channels} channels: [D, 3, kh, kw] and at least "
+                         f"one channel are needed")
+    colours = torch.arange(in_channels, device=weight.device) % 3                           # [in_channels]
+    shares = colours.bincount(minlength=3).clamp(min=1)[colours]
+    absent = weight[:, min(in_channels, 3):].sum(1, keepdim=True) / in_channels             # [D, 1, kh, kw]
+    return weight[:, colours] / shares[:, None, None] + absent
+
+
 def load_backbone(body: nn.Module, state_dict: Mapping[str, Any], source: str,
                   leave_out: Sequence[str] | None = None) -> None:
     """Load an ImageNet classification file strictly into a backbone's body, all but the classifier ``leave_out``, by
-    default what the body names so, or else a ResNet's.
+    default what the body names so, or else a ResNet's; an entry that ends with a dot, such as ``layer4.``, stands for
+    all names that begin with it.
 
-    BatchNorm's ``num_batches_tracked`` is ignored where the body (frozen batch norm) has no place for it. What was
-    left out is printed. Raises ValueError as ``load_model`` does.
+    A body whose names differ from its file's has a method ``renamed(state_dict) -> (state_dict, names left out)``. Where
+    the first layer sees another number of channels than the file's three, ``adapt_first_layer`` makes its weight; its
+    name is the body's ``first_layer``, or else a ResNet's. BatchNorm's ``num_batches_tracked`` is ignored where the body
+    (frozen batch norm) has no place for it. What was adapted and left out is printed. Raises ValueError as
+    ``load_model`` does.
     """
     ours = body.state_dict()
+    left_out: list[str] = []
+    renamed: Callable[..., Any] | None = getattr(body, "renamed", None)
+    if renamed is not None:
+        state_dict, names = renamed(state_dict)
+        left_out += names
     classifier = getattr(body, "classifier", ("fc.weight", "fc.bias")) if leave_out is None else leave_out
-    left_out = [name for name in classifier if name in state_dict]
-    counters = [name for name in state_dict if _is_counter(name) and name not in ours]
-    kept = {name: value for name, value in state_dict.items() if name not in left_out and name not in counters}
+    alone, prefixes = ({entry for entry in classifier if entry.endswith(".") is dot} for dot in (False, True))
+    kept = {name: value for name, value in state_dict.items()
+            if name not in alone and not name.startswith(tuple(prefixes))}
+    left_out += [name for name in state_dict if name not in kept]
+    counters = [name for name in kept if _is_counter(name) and name not in ours]
+    kept = {name: value for name, value in kept.items() if name not in counters}
+    first: str = getattr(body, "first_layer", "conv1.weight")
+    wanted, given = (list(getattr(tensors.get(first), "shape", [])) for tensors in (ours, kept))
+    adapted = len(wanted) == len(given) == 4 and given[1] == 3 != wanted[1]
+    if adapted:
+        kept[first] = adapt_first_layer(kept[first], wanted[1])
     load_model(body, kept, source)
     if distributed.is_main():
-        print(f"{source}: loaded {len(kept)} tensors into the backbone; left out {', '.join(left_out) or 'none'}"
+        if adapted:
+            print(f"{source}: {first} sees 3 channels, and was adapted to {wanted[1]}, so that an image whose channels "
+                  f"are all the same is answered like a grey one")
+        print(f"{source}: loaded {len(kept)} tensors into the backbone; left out "
+              + (", ".join(left_out[:8]) or "none") + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
               + (f" and {len(counters)} num_batches_tracked" if counters else ""))

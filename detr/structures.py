@@ -51,6 +51,7 @@ class FeatureLevels(NamedTuple):
     shapes: list[tuple[int, int]]       # height and width of each level
     sizes: Tensor                       # [L, 2] width and height of each level
     valid_sizes: Tensor                 # [B, L, 2] width and height of what is not padding, at least 1
+    exact: bool = False                 # whether an image is to get the same in any batch
 
     @property
     def valid_ratios(self) -> Tensor:
@@ -59,11 +60,12 @@ class FeatureLevels(NamedTuple):
 
 
 class Category(NamedTuple):
-    """One row of a class table: the model's label, the data's own id, the name. A label that the data does not use
-    has no row."""
+    """One row of a class table: the model's label, the data's own id, the name, and whether it is a thing, which can be
+    counted, or stuff (panoptic data). A label that the data does not use has no row."""
     label: int
     id: int
     name: str
+    isthing: bool = True
 
 
 class NonFiniteError(ArithmeticError):

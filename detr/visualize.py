@@ -56,9 +56,19 @@ def class_name(label: int, names: Mapping[int, str] | Sequence[str]) -> str:
     return names[label] if known else f"label {label}"
 
 
-def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, names: Mapping[int, str] | Sequence[str],
-                    scores: Tensor | None = None, min_side: int = 256) -> Image.Image:
-    """A copy of ``image`` (RGB) with a box in its class's colour and a caption for each object, such as "ring 0.87".
+def viewable(image: Image.Image | Tensor) -> Image.Image:
+    """RGB for any picture: PIL, or uint8 ``[C, H, W]``, of which the first three channels are red, green and blue, or
+    the first alone is grey where there are fewer."""
+    if isinstance(image, Tensor):
+        shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+        return Image.fromarray(shown.permute(1, 2, 0).contiguous().cpu().numpy())
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def draw_detections(image: Image.Image | Tensor, boxes_xyxy: Tensor, labels: Tensor,
+                    names: Mapping[int, str] | Sequence[str], scores: Tensor | None = None,
+                    min_side: int = 256) -> Image.Image:
+    """A ``viewable`` copy of ``image`` with a box in its class's colour and a caption for each object: "ring 0.87".
 
     ``boxes_xyxy [n, 4]`` are corners in pixels of ``image``, may reach over its edges, and are left out where nothing of
     them is within it; ``labels [n]``; ``names`` gives names for labels; ``scores [n]`` where there are some. Where the
@@ -68,10 +78,11 @@ def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, name
     if boxes_xyxy.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
         raise ValueError(f"boxes_xyxy {list(boxes_xyxy.shape)}, labels {list(labels.shape)}, scores "
                          f"{scores if scores is None else list(scores.shape)}: [n, 4], [n] and [n] are needed")
-    factor = max(1, math.ceil(min_side / min(image.size)))
-    width, height = (side * factor for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else image.copy()
-    draw = ImageDraw.Draw(image)
+    picture = viewable(image)
+    factor = max(1, math.ceil(min_side / min(picture.size)))
+    width, height = (side * factor for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else picture.copy()
+    draw = ImageDraw.Draw(picture)
     line = min(max(1, round(min(width, height) / 160)), 8)
     letters = font(min(max(10, round(min(width, height) / 32)), 40))
 
@@ -96,7 +107,7 @@ def draw_detections(image: Image.Image, boxes_xyxy: Tensor, labels: Tensor, name
         background = class_colour(label)
         draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=background)
         draw.text((place[0] + line + 1, place[1]), text, text_colour(background), letters)
-    return image
+    return picture
 
 
 def _at_least_a_pixel(box: Sequence[int]) -> Rectangle:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_evaluators, collate
 from datasets.coco import CocoDetection, read_annotations
-from datasets.transforms import Preprocessing, eval_transforms
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms, normalisation
 from detr.presets import PRESETS
 from engine import Progress, evaluate, train_one_epoch
 
@@ -41,6 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="tiny_detr", choices=MODELS, help="preset that trains from random weights")
     parser.add_argument("--image_size", type=int, default=256, help="short side in pixels")
     parser.add_argument("--max_size", type=int, default=384, help="limit of the long side")
+    parser.add_argument("--in_channels", type=int, default=3, help="channels of the images")
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate, of the backbone too")
     parser.add_argument("--steps", type=int, default=600, help="the most optimizer steps")
     parser.add_argument("--check_every", type=int, default=50, help="steps between evaluations")
@@ -68,7 +69,7 @@ def overfit(data: CocoDetection, args: argparse.Namespace) -> tuple[float, int, 
     """Train until AP50 on ``data`` exceeds the target or the steps are over -> AP50, steps, seconds."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    config = dataclasses.replace(PRESETS[args.model].model, lr_backbone=args.lr)
+    config = dataclasses.replace(PRESETS[args.model].model, lr_backbone=args.lr, in_channels=args.in_channels)
     model, criterion, postprocessors = config.build(data.num_classes)
     model, criterion = model.to(device), criterion.to(device)
     print(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, random weights; device: "
@@ -97,8 +98,9 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, source.name)
         file.write_text(json.dumps(content))
-        data = CocoDetection(root / f"{args.split}2017", file,
-                             eval_transforms(Preprocessing(args.image_size, args.max_size)))
+        mean, std = normalisation(IMAGENET_MEAN, IMAGENET_STD, args.in_channels)
+        data = CocoDetection(root / f"{args.split}2017", file, channels=args.in_channels,
+                             transforms=eval_transforms(Preprocessing(args.image_size, args.max_size, mean, std)))
         print(f"images: {', '.join(map(str, data.ids))} of {source}: the first by id with 1 to "
               f"{PRESETS[args.model].model.num_queries} objects", flush=True)
         ap50, steps, seconds = overfit(data, args)

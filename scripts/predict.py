@@ -15,7 +15,11 @@ taken. The output folder gets a picture for each image, of its own size and upri
 
 Pictures and json hold the detections whose score is at least ``--threshold``; 0 keeps all. Images are prepared as in
 evaluation, by the preprocessing inside the checkpoint. Batches of more than one image are padded to one size, which
-changes DETR's boxes a little. Images that cannot be read are named and left out, and the exit code is then 1.
+changes the boxes of a model of ``--padding legacy`` a little, and not those of ``exact``. Images that cannot be read are
+named and left out, and the exit code is then 1.
+
+A model of ``--in_channels`` other than 3 reads images with as many channels; where that is neither 3 nor 1, ``.npy``
+arrays ``[height, width, channels]`` are found in folders, too, and pictures show the first three channels.
 """
 from __future__ import annotations
 
@@ -31,16 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
 from datasets.coco import COCO_CATEGORIES, class_table
-from datasets.images import read_image
+from datasets.images import Picture, height_width, read_image
 from datasets.transforms import Preprocessing, eval_transforms
 from detr import checkpoint, config
+from detr.backbone import backbone_of
 from detr.presets import PRESETS
 from detr.structures import Category, Detections
 from detr.visualize import draw_detections
@@ -58,14 +62,17 @@ class Detector:
     categories: list[Category]
     preprocessing: Preprocessing
     name: str
+    channels: int = 3               # of the images
+    exact: bool = False             # whether padding of a batch leaves the boxes as they are
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image]) -> list[Detections]:
-        """RGB images, padded to one batch -> the detections of each, boxes as corners in its pixels, on the CPU."""
+    def __call__(self, images: Sequence[Picture]) -> list[Detections]:
+        """Images as ``read_image`` gives them, padded to one batch -> the detections of each, boxes as corners in its
+        pixels, on the CPU."""
         device = next(self.model.parameters()).device
         transforms = eval_transforms(self.preprocessing)
         outputs = self.model([transforms(image, {})[0].to(device) for image in images])
-        sizes = torch.tensor([[image.height, image.width] for image in images], device=device)
+        sizes = torch.tensor([height_width(image) for image in images], device=device)
         return [{name: value.cpu() for name, value in found.items()} for found in self.postprocessor(outputs, sizes)]
 
 
@@ -101,12 +108,13 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
         classes = "COCO's" if num_classes == 91 else f"{num_classes} without names"
         print(f"{path} holds weights alone: taken as {name}, classes {classes}, short side {preprocessing.size}",
               flush=True)
-    return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name)
+    return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name, settings.in_channels,
+                    backbone_of(model).exact)
 
 
-def find_images(sources: Sequence[str]) -> list[Path]:
+def find_images(sources: Sequence[str], formats: Sequence[str] = FORMATS) -> list[Path]:
     """The image files that ``sources`` name, each once, sorted by path. In folders and globs, files whose names have no
-    ending of ``FORMATS`` are passed over, and hidden ones. Raises FileNotFoundError for a source without images."""
+    ending of ``formats`` are passed over, and hidden ones. Raises FileNotFoundError for a source without images."""
     found: dict[str, Path] = {}
     for source in sources:
         path = Path(source)
@@ -115,12 +123,12 @@ def find_images(sources: Sequence[str]) -> list[Path]:
         else:
             inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
             files = [file for file in inside
-                     if file.suffix.lower() in FORMATS and not file.name.startswith(".") and file.is_file()]
+                     if file.suffix.lower() in formats and not file.name.startswith(".") and file.is_file()]
         if not files:
             what = ("is a folder without images directly in it" if path.is_dir() else
                     "matches no images" if glob.has_magic(source) else "is not there")
             raise FileNotFoundError(f"{source} {what}; give image files, folders or globs in quotes, with files named "
-                                    f"*{', *'.join(FORMATS)}")
+                                    f"*{', *'.join(formats)}")
         found |= {os.path.abspath(file): file for file in files}
     return [found[place] for place in sorted(found)]
 
@@ -152,13 +160,14 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_batches(paths: Sequence[Path], size: int, unreadable: list[Path]) -> Iterator[list[tuple[int, Image]]]:
+def read_batches(paths: Sequence[Path], size: int, channels: int,
+                 unreadable: list[Path]) -> Iterator[list[tuple[int, Picture]]]:
     """Batches of places in ``paths`` and images; those that cannot be read are reported and go to ``unreadable``."""
     for start in range(0, len(paths), size):
         batch = []
         for place in range(start, min(start + size, len(paths))):
             try:
-                batch.append((place, read_image(paths[place])))
+                batch.append((place, read_image(paths[place], channels=channels)))
             except OSError as error:
                 unreadable.append(paths[place])
                 print(f"left out: {error}", flush=True)
@@ -177,7 +186,10 @@ def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: 
     without_class: Counter[int] = Counter()
     pictures = picture_names(paths)
     progress = Progress("images")
-    batches = read_batches(paths, batch_size, unreadable)
+    if detector.channels not in (1, 3):
+        print(f"pictures show the first {'three ' if detector.channels > 3 else ''}of {detector.channels} channels",
+              flush=True)
+    batches = read_batches(paths, batch_size, detector.channels, unreadable)
     for batch in progress.over(batches, -(-len(paths) // batch_size), ()):
         progress.update({}, len(batch))
         for (place, image), found in zip(batch, detector([image for _, image in batch]) if batch else ()):
@@ -190,8 +202,9 @@ def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: 
             scores, labels, boxes_xyxy = (found[name][keep & used] for name in ("scores", "labels", "boxes"))
             drawn = draw_detections(image, boxes_xyxy, labels, names, scores, min_side=0)
             drawn.save(folder / pictures[place], **({"quality": 95} if pictures[place].endswith(".jpg") else {}))
-            images.append({"id": place + 1, "file_name": paths[place].as_posix(), "width": image.width,
-                           "height": image.height, "picture": pictures[place]})
+            height, width = height_width(image)
+            images.append({"id": place + 1, "file_name": paths[place].as_posix(), "width": width, "height": height,
+                           "picture": pictures[place]})
             boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
             annotations += [{"id": len(annotations) + k, "image_id": place + 1, "category_id": ids[label],
                              "category_name": names[label], "bbox": box, "area": box[2] * box[3], "score": score,
@@ -225,7 +238,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", metavar="DIR", help="new or empty folder to write to (default: a new one, "
                         f"{DEFAULT_FOLDER} or, where that is taken, {DEFAULT_FOLDER}-2, ...)")
     parser.add_argument("--device", help="'cuda', 'mps', 'cpu' (default: the first of them that is there)")
-    parser.add_argument("--batch_size", type=int, default=1, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="images at a time; more than one changes the boxes "
+                        "of a model of --padding legacy a little (default: %(default)s)")
     return parser
 
 
@@ -236,10 +250,13 @@ def main(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: at least 1 is needed")
     device = command_line.choose_device(args.device or "cuda", args.device is not None)
-    paths = find_images(args.sources)
     detector = load_detector(args.resume, args.model)
+    paths = find_images(args.sources, FORMATS if detector.channels in (1, 3) else (*FORMATS, ".npy"))
     detector.model.to(device)
     print(f"model: {detector.name}; images: {len(paths)}; threshold: {args.threshold}; device: {device}", flush=True)
+    if args.batch_size > 1 and not detector.exact:
+        print("images of a batch are padded to one size, which changes this model's boxes a little; --batch_size 1 does "
+              "not", flush=True)
     unreadable = predict(detector, paths, output_folder(args.output_dir), args.threshold, args.batch_size, args.resume)
     if unreadable:
         print(f"{len(unreadable)} of {len(paths)} images could not be read: {', '.join(map(str, unreadable))}")

@@ -9,8 +9,9 @@ from PIL import Image
 CATEGORIES = {3: ("red", (220, 40, 40)), 7: ("blue", (40, 60, 220))}            # ids with gaps, as COCO's
 
 
-def make_rectangles(folder: Path, train: int = 16, val: int = 7, seed: int = 0) -> Path:
-    """Images of 72 x 64 pixels; every fifth has no objects, every second of the others has two."""
+def make_rectangles(folder: Path, train: int = 16, val: int = 7, seed: int = 0, channels: int = 3) -> Path:
+    """Images of 72 x 64 pixels; every fifth has no objects, every second of the others has two. One channel is the red
+    one; other numbers than 1 and 3 are arrays whose channels are R, G, B, R, ..."""
     random = np.random.RandomState(seed)
     (folder / "annotations").mkdir(parents=True)
     for split, count, first in (("train", train, 100), ("val", val, 200)):
@@ -25,8 +26,14 @@ def make_rectangles(folder: Path, train: int = 16, val: int = 7, seed: int = 0) 
                 pixels[y:y + h, x:x + w] = CATEGORIES[category][1]
                 annotations.append({"id": 10 * image_id + k, "image_id": image_id, "category_id": category,
                                     "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
-            Image.fromarray(pixels).save(folder / f"{split}2017" / f"{image_id}.png")
-            images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 72, "height": 64})
+            name = f"{image_id}.{'png' if channels in (1, 3) else 'npy'}"
+            if channels == 3:
+                Image.fromarray(pixels).save(folder / f"{split}2017" / name)
+            elif channels == 1:
+                Image.fromarray(pixels[..., 0]).save(folder / f"{split}2017" / name)
+            else:
+                np.save(folder / f"{split}2017" / name, pixels[..., np.arange(channels) % 3])
+            images.append({"id": image_id, "file_name": name, "width": 72, "height": 64})
         write_annotations(folder, split, {"images": images, "annotations": annotations, "categories": [
             {"id": i, "name": name} for i, (name, _) in CATEGORIES.items()]})
     return folder

@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import re
+import sys
 import threading
 from collections import OrderedDict
 
@@ -189,8 +190,12 @@ def test_not_a_checkpoint(tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*x.pth.*no \*.pth files"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*x.pth.*no \*.pth or \*.safetensors files"):
         checkpoint.load(tmp_path / "x.pth")
+    (tmp_path / "only.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="x.pth.*it has only.safetensors"):
+        checkpoint.load(tmp_path / "x.pth")
+    (tmp_path / "only.safetensors").unlink()
     for i in range(10):
         (tmp_path / f"checkpoint{i}.pth").touch()
     with pytest.raises(FileNotFoundError, match="x.pth.*it has checkpoint0.pth, .*checkpoint7.pth and 2 more"):
@@ -199,6 +204,45 @@ def test_missing_file_and_folder(tmp_path):
         checkpoint.load(tmp_path / "nowhere" / "x.pth")
     with pytest.raises(IsADirectoryError, match="is a folder.*checkpoint0.pth"):
         checkpoint.load(tmp_path)
+
+
+# Safetensors.
+
+def as_safetensors(weights) -> bytes:
+    return pytest.importorskip("safetensors.torch").save(weights)
+
+
+def test_safetensors_are_bare_weights(tmp_path):
+    weights = small_model().state_dict() | {"model": torch.arange(3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    (tmp_path / "a.safetensors").write_bytes(as_safetensors(weights))
+    for path in (tmp_path / "a.safetensors", str(tmp_path / "a.safetensors")):
+        read = checkpoint.load(path, torch.device("cpu"))
+        assert list(read) == ["model"] and equal(read["model"], weights)
+        assert {name: x.dtype for name, x in read["model"].items()} == {name: x.dtype for name, x in weights.items()}
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.9, 0.999])
+def test_safetensors_cut_short(tmp_path, kept):
+    whole = as_safetensors(small_model().state_dict())
+    (tmp_path / "a.safetensors").write_bytes(whole[:int(kept * len(whole))])
+    with pytest.raises(ValueError, match="a.safetensors is damaged, cut short or no checkpoint.*download it anew"):
+        checkpoint.load(tmp_path / "a.safetensors")
+
+
+def test_safetensors_that_are_something_else(tmp_path):
+    torch.save({"model": {}}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors is damaged"):
+        checkpoint.load(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(as_safetensors({}))
+    with pytest.raises(ValueError, match="b.safetensors has no weights"):
+        checkpoint.load(tmp_path / "b.safetensors")
+
+
+def test_without_the_package_for_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(as_safetensors(small_model().state_dict()))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="a.safetensors: .*needs the package safetensors; pip install safetensors"):
+        checkpoint.load(tmp_path / "a.safetensors")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -241,6 +285,18 @@ def test_download_once(served, tmp_path, capsys):
     assert len(Quiet.asked) == 1
     assert os.listdir(tmp_path / "hub" / "checkpoints") == [name]
     assert capsys.readouterr().out.count(f"downloading {address}/{name}") == 1
+
+
+def test_download_of_safetensors(served, tmp_path):
+    folder, address = served
+    weights = small_model().state_dict()
+    content = as_safetensors(weights)
+    name = f"resnet-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+    (folder / name).write_bytes(content)
+    assert equal(checkpoint.load(f"{address}/{name}?download=true")["model"], weights)
+    (folder / "no-hash.safetensors").write_bytes(content[:-5])
+    with pytest.raises(ValueError, match="no-hash.safetensors is damaged.*to download it anew, delete .*no-hash"):
+        checkpoint.load(f"{address}/no-hash.safetensors")
 
 
 def test_download_damaged(served, tmp_path):
@@ -342,3 +398,104 @@ def test_load_backbone_is_strict(capsys):
         checkpoint.load_backbone(body, published, "resnet50.pth")
     assert torch.equal(body.conv1.weight, before)
     assert capsys.readouterr().out == ""                        # nothing is called loaded
+
+
+# Bodies that see other channels, or have other names, than their files.
+
+CHANNELS = [1, 2, 3, 4, 5, 6, 7, 13]
+
+
+def stem(in_channels: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(in_channels, 8, 3, bias=False), bn1=Frozen()))
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_channels_that_are_the_same_are_answered_like_grey(channels):
+    weight = torch.randn(8, 3, 3, 5, dtype=torch.float64)
+    adapted = checkpoint.adapt_first_layer(weight, channels)
+    assert adapted.shape == (8, channels, 3, 5) and adapted.dtype == weight.dtype
+    image = torch.rand(2, 1, 9, 11, dtype=torch.float64)
+    want = nn.functional.conv2d(image.expand(-1, 3, -1, -1), weight)
+    torch.testing.assert_close(nn.functional.conv2d(image.expand(-1, channels, -1, -1), adapted), want)
+
+
+@pytest.mark.parametrize("channels", [4, 5, 6, 7, 13])
+def test_so_are_normalised_ones(channels):
+    """Where each channel has the mean and deviation of the colour that it repeats."""
+    weight, image = torch.randn(8, 3, 3, 5, dtype=torch.float64), torch.rand(2, 1, 9, 11, dtype=torch.float64)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)[..., None, None]
+    repeat = torch.arange(channels) % 3
+    want = nn.functional.conv2d((image - mean) / std, weight)
+    adapted = checkpoint.adapt_first_layer(weight, channels)
+    torch.testing.assert_close(nn.functional.conv2d((image - mean[repeat]) / std[repeat], adapted), want)
+
+
+def test_which_filters_a_channel_has():
+    red, green, blue = (torch.tensor([[[[float(n)]]]]) for n in (2, 4, 8))
+    weight = torch.cat([red, green, blue], dim=1)
+
+    def adapted(channels):
+        return checkpoint.adapt_first_layer(weight, channels).flatten().tolist()
+
+    assert adapted(1) == [14] and adapted(2) == [2 + 4, 4 + 4] and adapted(3) == [2, 4, 8]
+    assert adapted(4) == [1, 4, 8, 1] and adapted(5) == [1, 2, 8, 1, 2] and adapted(6) == [1, 2, 4, 1, 2, 4]
+    for wrong, channels in ((weight[:, :2], 5), (weight[0], 5), (weight, 0)):
+        with pytest.raises(ValueError, match=r"a first layer \[.*\] for . channels: \[D, 3, kh, kw\] and at least"):
+            checkpoint.adapt_first_layer(wrong, channels)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_load_backbone_for_other_channels(capsys, channels):
+    body, published = stem(channels), stem(3).state_dict() | {"fc.weight": torch.ones(2)}
+    checkpoint.load_backbone(body, published, "resnet50.pth")
+    assert torch.equal(body.conv1.weight, checkpoint.adapt_first_layer(published["conv1.weight"], channels))
+    said = capsys.readouterr().out
+    assert (f"resnet50.pth: conv1.weight sees 3 channels, and was adapted to {channels}, so that" in said) \
+        == (channels != 3)
+    assert "loaded 5 tensors into the backbone; left out fc.weight\n" in said
+
+
+def test_load_backbone_adapts_what_the_body_names():
+    body = nn.Sequential(OrderedDict(patch_embed=nn.Conv2d(5, 8, 4), conv1=nn.Conv2d(5, 8, 1)))
+    body.first_layer = "patch_embed.weight"
+    published = body.state_dict() | {"patch_embed.weight": torch.randn(8, 3, 4, 4)}
+    checkpoint.load_backbone(body, published, "pvt.pth")
+    assert torch.equal(body.patch_embed.weight, checkpoint.adapt_first_layer(published["patch_embed.weight"], 5))
+    with pytest.raises(ValueError, match=r"1 .conv1.weight \[8, 3, 1, 1\] for \[8, 5, 1, 1\]. of another shape"):
+        checkpoint.load_backbone(body, published | {"conv1.weight": torch.randn(8, 3, 1, 1)}, "pvt.pth")
+
+
+@pytest.mark.parametrize("given", [(8, 4, 3, 3), (9, 3, 3, 3), (8, 3, 5, 5), (8, 3)])
+def test_other_mismatches_of_the_first_layer_are_errors(given, capsys):
+    body = stem(5)
+    before = body.conv1.weight.clone()
+    with pytest.raises(ValueError, match=r"1 .conv1.weight \[.*for \[8, 5, 3, 3\]. of another shape"):
+        checkpoint.load_backbone(body, stem(5).state_dict() | {"conv1.weight": torch.zeros(given)}, "resnet50.pth")
+    assert torch.equal(body.conv1.weight, before) and capsys.readouterr().out == ""
+
+
+def test_load_backbone_with_names_of_its_own(capsys):
+    """``renamed`` comes first, so ``first_layer`` and ``classifier`` are the body's names."""
+    class Body(nn.Sequential):
+        def renamed(self, state_dict):
+            kept = {name.replace("stem.", "conv1."): x for name, x in state_dict.items() if not name.startswith("head")}
+            return kept, [name for name in state_dict if name.startswith("head")]
+
+    body = Body(OrderedDict(conv1=nn.Conv2d(4, 8, 3, bias=False)))
+    file = {"stem.weight": torch.randn(8, 3, 3, 3), "fc.bias": torch.ones(1),
+            **{f"head.{i}.weight": torch.ones(1) for i in range(9)}}
+    checkpoint.load_backbone(body, file, "timm/a")
+    assert torch.equal(body.conv1.weight, checkpoint.adapt_first_layer(file["stem.weight"], 4))
+    said = capsys.readouterr().out
+    assert "left out head.0.weight, head.1.weight, " in said and "head.7.weight and 2 more\n" in said
+    assert len(file) == 11                                                              # the caller's is as it was
+
+
+def test_load_backbone_leaves_out_what_begins_so(capsys):
+    body = stem(3)
+    body.classifier = ("fc.weight", "layer4.")
+    checkpoint.load_backbone(body, stem(3).state_dict() | {"layer4.0.weight": torch.ones(1), "fc.weight": torch.ones(1)},
+                             "resnet50.pth")
+    assert "left out layer4.0.weight, fc.weight\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 .layer40.weight. unexpected"):
+        checkpoint.load_backbone(body, stem(3).state_dict() | {"layer40.weight": torch.ones(1)}, "resnet50.pth")

@@ -108,7 +108,7 @@ def test_an_annotation_id_of_0_would_never_be_found(dataset, data, capsys):
 
 def test_labels_of_coco_are_its_ids_and_others_have_no_gaps():
     coco = class_table(COCO_CATEGORIES)
-    assert num_classes(coco) == 91 and len(coco) == 80 and all(label == id for label, id, _ in coco)
+    assert num_classes(coco) == 91 and len(coco) == 80 and all(row.label == row.id for row in coco)
     renamed = class_table({**COCO_CATEGORIES, 90: "broom"})
     assert num_classes(renamed) == 80 and renamed[-1] == Category(79, 90, "broom")
     assert class_table({5: "b", 0: "a"}) == [Category(0, 0, "a"), Category(1, 5, "b")]
@@ -296,6 +296,49 @@ def test_a_picture_of_another_size_is_refused_and_a_turned_one_is_not(dataset, d
     exif[0x0112] = 6
     Image.new("RGB", (48, 64)).save(path, exif=exif)
     assert opened[0][0].size == (64, 48)
+
+
+# -- other numbers of channels ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def five(dataset, data, tmp_path):
+    """The same with arrays of five channels; ``five(**options)`` opens it."""
+    pixels = {name: np.random.RandomState(1).randint(0, 256, (height, width, 5)).astype(np.uint8)
+              for name, width, height in (("a.npy", 64, 48), ("b.npy", 50, 40))}
+    for image in data["images"]:
+        image["file_name"] = image["file_name"].replace(".png", ".npy")
+        np.save(tmp_path / "val2017" / image["file_name"], pixels[image["file_name"]])
+    return lambda **options: (dataset(data, channels=5, **options), pixels)
+
+
+@pytest.mark.parametrize("cache_mode", [False, True])
+def test_images_with_other_channels(five, tmp_path, cache_mode):
+    preprocessing = Preprocessing(48, 64, (0.5,) * 5, (0.25,) * 5)
+    opened, pixels = five(cache_mode=cache_mode)
+    transformed, _ = five(cache_mode=cache_mode, transforms=make_transforms("val", preprocessing))
+    if cache_mode:
+        (tmp_path / "val2017" / "a.npy").unlink()
+    image, target = opened[0]
+    assert image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels["a.npy"]).permute(2, 0, 1))
+    assert target["boxes"].tolist() == [[10, 5, 30, 35]] * 3
+    images, targets = collate([transformed[0], transformed[1]])
+    assert images.tensors.shape == (2, 5, 48, 64) and targets[0]["size"].tolist() == [48, 64]
+    want = (torch.from_numpy(pixels["a.npy"]).permute(2, 0, 1) / 255 - 0.5) / 0.25              # of its size already
+    assert torch.allclose(images.tensors[0], want, atol=1e-6)
+
+
+def test_grey_images(dataset, data):
+    image, _ = dataset(data, channels=1)[0]
+    assert image.mode == "L" and image.size == (64, 48)
+
+
+def test_files_with_other_channels_than_asked_for(five, dataset, data, tmp_path):
+    with pytest.raises(OSError, match=r"a.npy has 5 channels, not the 3 of --in_channels.*\(image id 3 of .*json\)"):
+        dataset(data)[0]
+    opened, pixels = five()
+    np.save(tmp_path / "val2017" / "a.npy", pixels["a.npy"].transpose(1, 0, 2))
+    with pytest.raises(ValueError, match=r"a.npy has 48 x 64 pixels .* says 64 x 48 for image id 3"):
+        opened[0]
 
 
 def test_real_data(real_data):

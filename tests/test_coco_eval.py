@@ -26,7 +26,7 @@ def ground_truth(**change):
                 "area": bbox[2] * bbox[3]}
 
     return index({"images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in (5, 7, 8, 9)],
-                  "categories": [{"id": id, "name": name} for _, id, name in TABLE],
+                  "categories": [{"id": row.id, "name": row.name} for row in TABLE],
                   "annotations": [row(1, 5, 1, [10, 10, 20, 20]), row(2, 5, 23, [50, 50, 50, 50]),
                                   row(3, 7, 56, [0, 0, 150, 150]), row(4, 7, 1, [30.5, 30.25, 60, 40]),
                                   row(5, 8, 23, [20, 20, 40, 40]), row(6, 8, 1, [100, 100, 100, 100], iscrowd=1)],
@@ -121,7 +121,7 @@ def test_predictions_keep_the_ids_of_the_data():
 
 
 def test_labels_that_the_data_does_not_use_are_left_out_and_change_no_score(capsys):
-    coco, gapped = ground_truth(), [Category(id, id, name) for _, id, name in TABLE]            # as COCO's 91 slots
+    coco, gapped = ground_truth(), [Category(row.id, row.id, row.name) for row in TABLE]            # as COCO's 91 slots
     found = perfect(coco, gapped)
     scores = []
     for extra in ((), ((0, 0.99, 0, 0, 9, 9), (2, 0.98, 10, 10, 30, 30), (2, 0.97, 0, 0, 5, 5))):

@@ -1,9 +1,14 @@
-"""datasets/images.py: every kind of file becomes the same upright RGB picture, and the rest is refused by name."""
+"""datasets/images.py: every kind of file becomes the same upright picture, and the rest is refused by name."""
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from datasets.images import read_image
+from datasets.images import height_width, read_image
 
 
 @pytest.fixture
@@ -126,3 +131,196 @@ def test_what_cannot_be_read_is_named_with_a_remedy(picture, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match=rf"{name} \({len(content)} bytes\) is not in a format.*copy it again"):
             read_image(tmp_path / name)
+
+
+# Other numbers of channels.
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    return np.random.RandomState(seed).randint(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+
+def in_8_bits(pixels):
+    """0..65535 -> the nearest of 0..255."""
+    return pixels if pixels.dtype.itemsize == 1 else np.round(pixels / 257).astype(np.uint8)
+
+
+def planes(pixels):
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def test_grey_for_one_channel(picture, tmp_path):
+    grey = picture.convert("L")
+    for name, image in (("grey.png", grey), ("rgb_of_grey.png", grey.convert("RGB"))):
+        read = read_image(saved(image, tmp_path / name), channels=1)
+        assert read.mode == "L" and read.tobytes() == grey.tobytes()
+    read = read_image(saved(picture, tmp_path / "rgb.png"), channels=1)
+    assert read.mode == "L" and height_width(read) == (12, 20)
+    luma = np.asarray(picture) @ np.array([0.299, 0.587, 0.114])                                    # ITU-R BT.601
+    assert abs(np.asarray(read) - luma).max() <= 0.51
+    for mode in ("P", "LA", "CMYK", "1"):
+        assert read_image(saved(picture.convert(mode), tmp_path / f"{mode}.tif"), channels=1).mode == "L"
+    values = np.array([[0, 128, 129, 257, 256 * 100, 65535]], dtype=np.uint16)
+    deep = read_image(saved(Image.fromarray(values), tmp_path / "deep.png"), channels=1)
+    assert np.asarray(deep).tolist() == [[0, 0, 1, 1, 100, 255]]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
+def test_arrays(tmp_path, channels, dtype):
+    pixels = noise(7, 9, channels, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
+    path = tmp_path / "a.npy"
+    np.save(path, np.asfortranarray(pixels) if channels == 5 else pixels)
+    for content in (None, path.read_bytes()):
+        read = read_image(path, content, channels)
+        assert height_width(read) == (7, 9)
+        if channels in (1, 3):
+            assert read.mode == {1: "L", 3: "RGB"}[channels]
+            read = torch.from_numpy(np.array(read).reshape(7, 9, channels)).permute(2, 0, 1)
+        assert read.dtype == torch.uint8 and read.shape == (channels, 7, 9)
+        assert torch.equal(read, planes(in_8_bits(pixels)))
+
+
+def test_an_array_without_a_third_axis_is_grey(tmp_path):
+    np.save(tmp_path / "a.npy", noise(7, 9))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.npy", channels=1)), noise(7, 9))
+
+
+def write_tiff(pixels, order="<", apart=False, deflated=False, predicted=False, tile=None, orientation=1):
+    """``pixels [H, W, C]`` as a TIFF 6.0 file with C bands: strips of five rows, or tiles; ``apart``: planes one after
+    the other."""
+    height, width, channels = pixels.shape
+    pieces = []
+    for part in [pixels[..., c:c + 1] for c in range(channels)] if apart else [pixels]:
+        tall, wide = tile or (5, width)
+        for top in range(0, height, tall):
+            for left in range(0, width, wide):
+                piece = part[top:top + tall, left:left + wide]
+                if tile:
+                    piece = np.pad(piece, ((0, tall - len(piece)), (0, wide - piece.shape[1]), (0, 0)))
+                if predicted:
+                    piece = np.concatenate([piece[:, :1], piece[:, 1:] - piece[:, :-1]], axis=1)
+                stored = piece.astype(piece.dtype.newbyteorder(order)).tobytes()
+                pieces.append(zlib.compress(stored) if deflated else stored)
+    starts = np.cumsum([8, *map(len, pieces)])
+    lengths = [len(piece) for piece in pieces]
+    tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [8 if deflated else 1], 262: [1],
+            274: [orientation], 277: [channels], 284: [2 if apart else 1], 317: [2 if predicted else 1],
+            338: [0] * (channels - 1)}
+    tags |= {322: [tile[1]], 323: [tile[0]], 324: starts[:-1], 325: lengths} if tile else \
+        {273: starts[:-1], 278: [5], 279: lengths}
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", starts[-1])
+    entries, behind = struct.pack(order + "H", len(tags)), b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(values) > 1:
+            place = starts[-1] + 2 + 12 * len(tags) + 4 + len(behind)
+            packed, behind = struct.pack(order + "I", place), behind + packed
+        entries += struct.pack(order + "HHI", tag, 4, len(values)) + packed
+    return head + b"".join(pieces) + entries + bytes(4) + behind
+
+
+LAYOUTS = [dict(), dict(order=">"), dict(apart=True), dict(deflated=True, predicted=True), dict(tile=(16, 32)),
+           dict(order=">", deflated=True, predicted=True, tile=(16, 32)), dict(apart=True, deflated=True),
+           dict(apart=True, deflated=True, predicted=True, tile=(16, 16))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items()) or "plain")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [2, 5, 13])
+def test_the_bands_of_a_tiff(layout, dtype, channels):
+    pixels = noise(37, 51, channels, dtype=dtype)
+    read = read_image("a.tif", write_tiff(pixels, **layout), channels)
+    assert read.dtype == torch.uint8 and torch.equal(read, planes(in_8_bits(pixels)))
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "packbits", "tiff_adobe_deflate"])
+def test_bands_that_pillow_writes(tmp_path, compression):
+    pixels = noise(37, 51, 4)
+    path = saved(Image.fromarray(pixels), tmp_path / "a.tif", compression=compression)
+    assert torch.equal(read_image(path, channels=4), planes(pixels))
+
+
+UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+           5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+           8: lambda a: np.rot90(a)}                                                # TIFF 6.0, tag 274
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_and_pages_are_turned_upright(tmp_path, orientation):
+    pixels = noise(6, 9, 5)
+    want = planes(UPRIGHT[orientation](pixels))
+    assert torch.equal(read_image("a.tif", write_tiff(pixels, orientation=orientation), 5), want)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    first, *rest = (Image.fromarray(pixels[..., c]) for c in range(5))
+    assert torch.equal(read_image(saved(first, tmp_path / "a.tif", save_all=True, append_images=rest, exif=exif),
+                                  channels=5), want)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_pages_of_a_tiff(tmp_path, dtype):
+    """One channel each; a smaller page is a preview."""
+    pixels = noise(12, 20, 5, dtype=dtype)
+    first, *rest = (Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(5))
+    path = saved(first, tmp_path / "a.tif", save_all=True, append_images=[*rest, Image.new("L", (10, 6))])
+    assert torch.equal(read_image(path, channels=5), planes(in_8_bits(pixels)))
+    assert read_image(path).mode == "RGB" and read_image(path).size == (20, 12)             # the first, as before
+
+
+@pytest.mark.parametrize("name, mode, channels", [
+    ("a.png", "RGBA", 4), ("a.tif", "RGBA", 4), ("a.webp", "RGBA", 4), ("a.png", "LA", 2), ("a.tif", "CMYK", 4)])
+def test_alpha_and_ink_are_channels_where_they_are_asked_for(tmp_path, name, mode, channels):
+    pixels = noise(12, 20, channels)
+    image = Image.frombytes(mode, (20, 12), pixels.tobytes())
+    options = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    assert torch.equal(read_image(saved(image, tmp_path / name, **options), channels=channels), planes(pixels))
+
+
+def test_a_palette_with_transparency_has_four(picture, tmp_path):
+    path = saved(picture.quantize(8), tmp_path / "a.png", transparency=0)
+    read = read_image(path, channels=4)
+    assert torch.equal(read[:3], planes(np.asarray(picture))) and set(read[3].unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize("name, wanted, found", [
+    ("a.jpg", 5, "3 channels"), ("rgb.png", 4, "3 channels"), ("grey.png", 2, "1 channel"), ("five.npy", 3, "5 channels"),
+    ("five.npy", 1, "5 channels"), ("five.tif", 4, "5 channels"), ("rgb.tif", 6, "3 channels")])
+def test_another_number_of_channels_is_named_with_the_flag(picture, tmp_path, name, wanted, found):
+    for file in ("a.jpg", "rgb.png", "rgb.tif"):
+        saved(picture, tmp_path / file)
+    saved(picture.convert("L"), tmp_path / "grey.png")
+    np.save(tmp_path / "five.npy", noise(12, 20, 5))
+    (tmp_path / "five.tif").write_bytes(write_tiff(noise(12, 20, 5)))
+    with pytest.raises(OSError, match=rf"{name} has {found}, not the {wanted} of --in_channels; give --in_channels "
+                                      rf"{found[0]}, or a file that has {wanted}: a .npy array \[height, width"):
+        read_image(tmp_path / name, channels=wanted)
+
+
+def npy(array, allow_pickle=False):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.npy", npy(noise(12, 20, 5))[:-7], "cut short, copy it again"),
+    ("a.npy", npy(noise(12, 20, 5))[:20], "cut short"),
+    ("a.npy", b"", "cut short"),
+    ("a.npy", npy(np.zeros((12, 20, 5), np.float32)), "its numbers are float32; convert them to uint8, or to uint16"),
+    ("a.npy", npy(np.zeros((12, 20, 5), np.int16)), "its numbers are int16"),
+    ("a.npy", npy(np.array([None]), allow_pickle=True), "allow_pickle=False"),
+    ("a.npy", npy(noise(1, 12, 20, 5)), r"its array is \[1, 12, 20, 5\]; \[height, width, channels\] is needed"),
+    ("a.npy", npy(noise(0, 20, 5)), r"its array is \[0, 20, 5\]"),
+    ("a.tif", write_tiff(noise(12, 20, 5, dtype=np.uint32)), "its bands are not whole numbers of 8 or 16 bits"),
+])
+def test_what_cannot_be_read_as_channels(name, content, message):
+    with pytest.raises(OSError, match=rf"image {name} \({len(content)} bytes\) cannot be read: .*{message}"):
+        read_image(name, content, 5)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")                     # said by Pillow, too
+@pytest.mark.parametrize("name, content", [("a.jpg", b"no image"), ("a.tif", write_tiff(noise(12, 20, 5))[:900])])
+def test_what_is_no_image_of_several_channels(name, content):
+    with pytest.raises(OSError, match=rf"image {name} .*is not in a format that Pillow reads; copy it again, convert it "
+                                      rf"to .npy, an array \[height, width, channels\], or take it out"):
+        read_image(name, content, 5)

@@ -43,6 +43,14 @@ def test_a_target_that_is_missed(overfit, data, capsys):
     assert "after 3 steps" in shown.splitlines()[-1] and "NOT above the target 0.9" in shown.splitlines()[-1]
 
 
+def test_images_with_five_channels(overfit, tmp_path, capsys):
+    data = make_rectangles(tmp_path / "five", channels=5)
+    assert call(overfit, data, "--images 2 --image_size 64 --steps 2 --check_every 2 --in_channels 5") == 1
+    assert "step 2: loss" in capsys.readouterr().out
+    with pytest.raises(OSError, match=r"100.npy has 5 channels, not the 3 of --in_channels; give --in_channels 5"):
+        call(overfit, data, "--images 2 --image_size 64")
+
+
 def test_which_images(overfit):
     rows = [{"image_id": i, "iscrowd": crowd} for i, crowd in ((4, 0), (4, 0), (4, 0), (2, 1), (9, 0), (3, 0), (3, 1))]
     content = {"images": [{"id": i} for i in (9, 4, 2, 3, 1)], "annotations": rows, "categories": []}

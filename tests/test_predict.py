@@ -162,6 +162,69 @@ def test_names_that_are_taken(script):
     assert len({name.lower() for name in names}) == len(paths)
 
 
+# Images that are not RGB.
+
+@pytest.fixture
+def trained_for(tmp_path_factory):
+    """A checkpoint of a model for images with so many channels."""
+    def make(channels: int, **options) -> Path:
+        torch.manual_seed(0)
+        settings = dataclasses.replace(SMALL, in_channels=channels, **options)
+        path = tmp_path_factory.mktemp("trained") / "checkpoint.pth"
+        preprocessing = Preprocessing(64, 100, (0.5,) * channels, (0.25,) * channels)
+        checkpoint.save(path, {"model": settings.build(3)[0].state_dict(), "categories": TABLE, "num_classes": 3,
+                               "config": {"name": "detr_resnet50", "model": dataclasses.asdict(settings)},
+                               "preprocessing": preprocessing.as_dict()})
+        return path
+    return make
+
+
+def test_arrays_of_five_channels(script, trained_for, photos, capsys):
+    pixels = np.random.RandomState(0).randint(0, 256, (70, 90, 5)).astype(np.uint8)
+    np.save(photos / "field.npy", pixels)
+    assert call(script, "photos", "--resume", trained_for(5), "--threshold", "0", "--output_dir", "out") == 1
+    shown = capsys.readouterr().out
+    assert "left out: image photos/a.jpg has 3 channels, not the 5 of --in_channels" in shown
+    assert "2 of 3 images could not be read: photos/a.jpg, photos/b.png" in shown
+    assert shown.count("pictures show the first three of 5 channels") == 1
+    image, = predictions()["images"]
+    assert (image["file_name"], image["width"], image["height"], image["picture"]) == ("photos/field.npy", 90, 70,
+                                                                                       "field.png")
+    assert len(predictions()["annotations"]) == 5
+    call(script, "photos/field.npy", "--resume", trained_for(5), "--threshold", "1", "--output_dir", "none")
+    assert np.array_equal(np.asarray(Image.open("none/field.png")), pixels[..., :3])
+
+
+def test_grey_images(script, trained_for, photos, capsys):
+    """Colour becomes grey; arrays are not looked for where pictures do."""
+    np.save(photos / "labels.npy", np.zeros((5, 5), np.uint8))
+    assert call(script, "photos", "--resume", trained_for(1), "--threshold", "1", "--output_dir", "out") == 0
+    assert "pictures show" not in capsys.readouterr().out
+    assert [image["picture"] for image in predictions()["images"]] == ["a.jpg", "b.png"]
+    want = np.asarray(Image.open("photos/b.png").convert("L"))
+    assert np.array_equal(np.asarray(Image.open("out/b.png")), np.repeat(want[..., None], 3, 2))
+
+
+def test_five_channels_in_folders_without_them(script, trained_for, photos):
+    Path("empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty is a folder without images .* named .*\*.webp, \*.npy"):
+        call(script, "empty", "--resume", trained_for(5))
+
+
+@pytest.mark.parametrize("padding", ["legacy", "exact"])
+def test_what_batches_change(script, trained_for, photos, capsys, padding):
+    """With exact padding nothing: images of different sizes in one batch have the boxes that they have alone."""
+    trained = trained_for(3, padding=padding)
+    assert script.load_detector(str(trained)).exact == (padding == "exact")
+    boxes = []
+    for size in (1, 2):
+        call(script, "photos", "--resume", trained, "--threshold", 0, "--batch_size", size, "--output_dir", f"by {size}")
+        boxes.append(torch.tensor([row["bbox"] for row in predictions(f"by {size}")["annotations"]]))
+        said = "images of a batch are padded to one size, which changes this model's boxes a little; --batch_size 1 does"
+        assert (said in capsys.readouterr().out) == (size == 2 and padding == "legacy")
+    assert torch.allclose(*boxes, atol=1e-3) == (padding == "exact")
+
+
 # Images that cannot be read, and sources without images.
 
 @pytest.mark.parametrize("size", [1, 2])

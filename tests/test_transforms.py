@@ -1,6 +1,7 @@
 """datasets/transforms.py: the published numbers, the published lists, and what they must not do."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from cases import load_case
@@ -20,6 +21,7 @@ from datasets.transforms import (
     eval_transforms,
     hflip,
     make_transforms,
+    normalisation,
     pad,
     resize,
     resized,
@@ -208,12 +210,114 @@ def test_a_seed_fixes_what_is_drawn():
 
 
 def test_preprocessing_survives_a_checkpoint():
-    for preprocessing in (Preprocessing(), Preprocessing((256, 320), None, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))):
+    for preprocessing in (Preprocessing(), Preprocessing((256, 320), None, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
+                          Preprocessing(640, 800, (0.1,), (0.2,)), Preprocessing(mean=(0.5,) * 7, std=(0.2,) * 7)):
         values = preprocessing.as_dict()
         assert Preprocessing.from_dict(values) == preprocessing
         assert Preprocessing.from_dict(json.loads(json.dumps(values))) == preprocessing
     with pytest.raises(ValueError, match="needs exactly.*'sise'"):
         Preprocessing.from_dict({"sise": 800})
-    for wrong in ({"size": 0}, {"size": (1, 2, 3)}, {"max_size": 0}, {"std": (0.1, 0.1, 0.0)}):
+    old = {"size": 800, "max_size": 1333, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert Preprocessing.from_dict(old) == Preprocessing()
+    for wrong in ({"size": 0}, {"size": (1, 2, 3)}, {"max_size": 0}, {"std": (0.1, 0.1, 0.0)}, {"std": (0.1,)},
+                  {"std": (), "mean": ()}):
         with pytest.raises(ValueError, match="preprocessing " + next(iter(wrong)).replace("std", "mean")):
             Preprocessing(**wrong)
+
+
+# Images that are tensors, because they have another number of channels.
+
+def planes(image):
+    """A PIL image as ``read_image`` would give it, were it not RGB: uint8 ``[C, H, W]``."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+
+def with_masks(target):
+    masks = torch.zeros(1, *target["size"].tolist(), dtype=torch.bool)
+    left, top, right, bottom = target["boxes"][0].int().tolist()
+    masks[0, top:bottom, left:right] = True
+    return {**target, "masks": masks}
+
+
+def same_targets(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("step", [
+    lambda *given: hflip(*given), lambda *given: crop(*given, (11, 7, 40, 61)), lambda *given: pad(*given, (5, 9)),
+    lambda *given: RandomSizeCrop(30, 50)(*given)], ids=["hflip", "crop", "pad", "random crop"])
+def test_steps_do_the_same_to_tensors_as_to_pil_images(step):
+    image, target = picture(100, 80), with_masks(one_box(10, 10, 60, 40, width=100, height=80))
+    before = planes(image)
+    given = before.clone()
+    torch.manual_seed(1)
+    want, wanted_target = step(image, target)
+    torch.manual_seed(1)
+    found, found_target = step(given, target)
+    assert torch.equal(found, planes(want)) and same_targets(wanted_target, found_target)
+    assert torch.equal(given, before)                                                   # not changed in place
+
+
+@pytest.mark.parametrize("size, max_size", [(40, None), (37, 45), ((33, 90), None), (200, 333), (80, None)])
+def test_tensors_are_resized_by_the_same_rule(size, max_size):
+    """Pillow rounds after each direction, and so differs by one step of 255 here and there."""
+    image, target = picture(100, 80), with_masks(one_box(10, 10, 60, 40, width=100, height=80))
+    want, wanted_target = resize(image, target, size, max_size)
+    found, found_target = resize(planes(image), target, size, max_size)
+    assert found.dtype == torch.uint8 and found.shape == planes(want).shape
+    assert same_targets(wanted_target, found_target)
+    difference = (found.int() - planes(want).int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.25
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_channels_do_not_mix(channels):
+    """Each comes out as if it were an image of its own, in training and evaluation."""
+    mean, std = tuple(0.1 * (c + 1) for c in range(channels)), tuple(0.2 + 0.1 * c for c in range(channels))
+    image = torch.cat([planes(picture(64, 48).convert("L")) for _ in range(channels)])
+    for split in ("train", "val"):
+        transforms = make_transforms(split, Preprocessing(40, 66, mean, std))
+        torch.manual_seed(2)
+        found, target = transforms(image, one_box(5, 6, 30, 40, width=64, height=48))
+        assert found.dtype == torch.float32 and len(found) == channels
+        assert target["size"].tolist() == list(found.shape[1:])
+        for c in range(channels):
+            torch.manual_seed(2)
+            alone, _ = make_transforms(split, Preprocessing(40, 66, mean[c:c + 1], std[c:c + 1]))(
+                Image.fromarray(image[c].numpy()), one_box(5, 6, 30, 40, width=64, height=48))
+            assert (found[c] - alone[0]).abs().max() * std[c] <= 1.01 / 255
+
+
+def test_grey_images_and_their_numbers():
+    black_and_white = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
+    image, _ = ToTensor()(black_and_white, {})
+    assert image.shape == (1, 1, 2) and image.flatten().tolist() == [0, 1]
+    assert Normalize((0.25,), (0.5,))(image, {})[0].flatten().tolist() == [-0.5, 1.5]
+
+
+@pytest.mark.parametrize("channels, numbers", [(1, 3), (3, 1), (5, 3)])
+def test_numbers_for_another_number_of_channels_are_refused(channels, numbers):
+    with pytest.raises(ValueError, match=f"an image with {channels} channels, but mean and std for {numbers}; "
+                                         f".*--in_channels"):
+        Normalize((0.5,) * numbers, (0.5,) * numbers)(torch.zeros(channels, 4, 4), {})
+
+
+def test_statistics_of_rgb_for_other_channels():
+    mean, std = (0.1, 0.2, 0.6), (1.0, 2.0, 6.0)
+    assert normalisation(mean, std, 3) == (mean, std)
+    assert normalisation(mean, std, 1) == ((pytest.approx(0.3),), (pytest.approx(3.0),))
+    assert normalisation(mean, std, 2) == ((0.1, 0.2), (1.0, 2.0))
+    assert normalisation(mean, std, 7) == ((0.1, 0.2, 0.6, 0.1, 0.2, 0.6, 0.1), (1, 2, 6, 1, 2, 6, 1))
+    assert normalisation([0.5] * 4, [0.1] * 4, 4) == ((0.5,) * 4, (0.1,) * 4)           # the images' own
+    with pytest.raises(ValueError, match=r"mean \(0.5, 0.5\) and std .* for --in_channels 5: three numbers each .*or 5"):
+        normalisation((0.5, 0.5), (0.1, 0.1), 5)
+    with pytest.raises(ValueError, match="three numbers each"):
+        normalisation((0.5,) * 3, (0.1,), 1)
+
+
+def test_images_too_long_for_their_short_side():
+    assert resized(1, 5000, 800, 1333) == (1, 1333)
+    assert resized(5000, 1, 800, 1333) == (1333, 1)
+    assert resized(2, 5000, 800, 1333) == (1, 2500)                  # rounded up: as published, longer

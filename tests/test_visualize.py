@@ -21,6 +21,7 @@ from detr.visualize import (
     shorten,
     side_by_side,
     text_colour,
+    viewable,
 )
 
 GREY = (128, 128, 128)
@@ -160,6 +161,26 @@ def test_numbers_that_do_not_belong_together():
         draw_detections(canvas(), torch.zeros(2, 4), torch.zeros(3), NAMES)
     with pytest.raises(ValueError, match=r"scores \[1\]"):
         draw_detections(canvas(), torch.zeros(2, 4), torch.zeros(2), NAMES, torch.zeros(1))
+
+
+def test_any_picture_is_viewable():
+    pixels = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (5, 30, 40)).astype(np.uint8))
+    for channels in (3, 4, 5):
+        picture = viewable(pixels[:channels])
+        assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), pixels[:3].permute(1, 2, 0).numpy())
+    for channels in (1, 2):
+        assert np.array_equal(np.asarray(viewable(pixels[:channels])), np.repeat(pixels[0].numpy()[..., None], 3, 2))
+    grey = Image.fromarray(pixels[0].numpy())
+    assert grey.mode == "L" and np.array_equal(np.asarray(viewable(grey)), np.asarray(viewable(pixels[:1])))
+    rgb = canvas()
+    assert viewable(rgb) is rgb
+
+
+def test_detections_on_any_picture():
+    boxes, labels = torch.tensor([[60.0, 80, 200, 180]]), torch.tensor([2])
+    want = draw_detections(canvas(), boxes, labels, NAMES)
+    for image in (torch.full((5, 260, 300), 128, dtype=torch.uint8), Image.new("L", (300, 260), 128)):
+        assert draw_detections(image, boxes, labels, NAMES).tobytes() == want.tobytes()
 
 
 # Sheets.

@@ -44,7 +44,8 @@ def build_model(
     exist, naming the nearest that does.
     """
     from . import checkpoint, config
-    from .backbone import IMAGENET_URLS, body_of
+    from .backbone import body_of
+    from .backbone import pretrained as pretrained_weights
     from .presets import ARCHITECTURES, PRESETS
 
     if not isinstance(model, str):
@@ -70,9 +71,5 @@ def build_model(
             raise ValueError(f"{model} has no published weights; train it, or leave out pretrained=True")
         checkpoint.load_model(built, checkpoint.load(preset.url)["model"], preset.url)
     elif pretrained_backbone:
-        if settings.backbone not in IMAGENET_URLS:
-            raise ValueError(f"no ImageNet weights are known for backbone {settings.backbone}; there are some for "
-                             f"{', '.join(IMAGENET_URLS)}")
-        url = IMAGENET_URLS[settings.backbone]
-        checkpoint.load_backbone(body_of(built), checkpoint.load(url)["model"], url)
+        checkpoint.load_backbone(body_of(built), *pretrained_weights(settings.backbone))
     return built, criterion, postprocessors

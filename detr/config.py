@@ -25,11 +25,18 @@ def flag(default: Any, help: str, choices: Iterable[Any] | None = None, least: f
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What all architectures have; each adds its own and ``build(num_classes) -> model, criterion, postprocessors``."""
-    backbone: str = flag("resnet50", "backbone by name")
+    backbone: str = flag("resnet50", "backbone by name: of the ResNets and PVTs here, or timm/NAME")
     dilation: bool = flag(False, "DC5: the backbone's last stage keeps the resolution of the one before")
     backbone_norm: str = flag("frozen", "normalisation of a ResNet: 'frozen' statistics of a pretrained one, or "
                               "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
     from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
+    frozen_stages: int = flag(1, "stages of a pretrained backbone that stay fixed, the first with the stem", least=0)
+    in_channels: int = flag(3, "channels of the images: 3 is RGB, 1 grey; others are read from .npy and TIFF files",
+                            least=1)
+    feature_strides: tuple[int, ...] | None = flag(None, "strides of the backbone's maps that the transformer sees, "
+                                                   "fine to coarse; several only where it has levels", least=1)
+    padding: str = flag("legacy", "'exact': what an image gets does not depend on the batch it is in; 'legacy': padding "
+                        "takes part, as published", ("exact", "legacy"))
     lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", least=0)
     position_embedding: str = flag("sine", "positions of the feature map", ("sine", "learned"))
     enc_layers: int = flag(6, "encoder layers", least=0)
@@ -56,6 +63,22 @@ class ModelConfig:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [{"params": [p for name, p in trained if "backbone" not in name], "lr": lr},
                 {"params": [p for name, p in trained if "backbone" in name], "lr": self.lr_backbone}]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig(ModelConfig):
+    """What architectures with a mask head have besides."""
+    masks: bool = flag(False, "train the mask head for segmentation")
+    frozen_weights: str | None = flag(None, "checkpoint of a box model to freeze while its mask head is trained")
+    mask_loss_coef: float = flag(1, "weight of the masks' focal loss")
+    dice_loss_coef: float = flag(1, "weight of the masks' dice loss")
+
+    def check_masks(self) -> None:
+        """ValueError for options that contradict each other."""
+        if self.frozen_weights and not self.masks:
+            raise ValueError("--frozen_weights is for training a mask head on a fixed detector: add --masks")
+        if self.masks and self.feature_strides is not None:
+            raise ValueError("--feature_strides: a mask head takes all maps of the backbone; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +112,11 @@ class DataConfig:
     remove_difficult: bool = flag(False, "leave out objects marked as difficult (VOC)")
     image_size: str = flag("800", "short side of images, or HEIGHTxWIDTH to bring all to one size")
     max_size: int = flag(1333, "limit of the long side")
-    multi_scale: bool = flag(True, "training draws the short side from 0.6 to 1 times --image_size")
+    multi_scale: bool = flag(True, "training draws the short side from --least_scale to 1 times --image_size")
+    least_scale: float = flag(0.6, "least short side that training draws, as a part of --image_size", least=0.01)
     random_crop: bool = flag(True, "crop half of the training images at random")
+    bucket_train: bool = flag(False, "batches of images alike in shape in training, which need less padding")
+    bucket_eval: bool = flag(True, "the same in evaluation; without it, batches are in the order of the files")
     cache_mode: bool = flag(False, "keep all image files in memory, each process its own copy; they are still decoded "
                             "each time")
 
@@ -104,6 +130,8 @@ class RunConfig:
     start_epoch: int = flag(0, "epoch to begin with; --resume sets it")
     eval: bool = flag(False, "evaluate and stop")
     backbone_weights: str | None = flag(None, "file with ImageNet weights of the backbone")
+    pretrained_backbone: bool = flag(False, "fetch the weights that timm has for a timm backbone; others fetch theirs "
+                                     "unasked")
     num_workers: int = flag(2, "processes that read images", least=0)
     world_size: int = flag(1, "number of processes; torchrun sets it")
     dist_url: str = flag("env://", "where processes meet; torchrun sets it")

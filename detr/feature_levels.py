@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .nested_tensor import NestedTensor, resize_mask
+from .padding import exact_conv, masked_group_norm, valid_mask
 from .structures import FeatureLevels
 
 GROUPS = 32                     # of the normalisation that closes each projection
@@ -30,13 +32,26 @@ def build_input_proj(channels: Sequence[int], num_levels: int, d_model: int) -> 
 
 
 def project(input_proj: nn.ModuleList, features: Sequence[NestedTensor], images: NestedTensor) -> list[NestedTensor]:
-    """The backbone's maps, finest first, through ``build_input_proj``'s projections: maps ``[B, D, H, W]``."""
-    maps = [NestedTensor(layer(x.tensors), x.mask) for layer, x in zip(input_proj, features)]
-    source = features[-1].tensors
+    """The backbone's maps, finest first, through ``build_input_proj``'s projections: maps ``[B, D, H, W]``. Maps that
+    know their images' sizes stay exact: padding takes no part in the normalisation or the further levels."""
+    maps = [level(layer, x, x, images) for layer, x in zip(input_proj, features)]
+    source = features[-1]
     for layer in list(input_proj)[len(features):]:
-        source = layer(source)
-        maps.append(NestedTensor(source, resize_mask(images, source.shape[-2:])))
+        source = level(layer, source, None, images)
+        maps.append(source)
     return maps
+
+
+def level(layer: Any, source: NestedTensor, like: NestedTensor | None, images: NestedTensor) -> NestedTensor:
+    """One projection, convolution and normalisation, of ``source``; its mask is that of ``like``, or follows from the
+    convolution's formula, or, where sizes are not known, from the mask of the ``images`` as published."""
+    convolution, norm = layer
+    if source.sizes is None:
+        x = layer(source.tensors)
+        return NestedTensor(x, resize_mask(images, x.shape[-2:]) if like is None else like.mask)
+    x, sizes = exact_conv(convolution, source.tensors, source.sizes)
+    mask = ~valid_mask(sizes, x.shape[-2], x.shape[-1], x.device) if like is None else like.mask
+    return NestedTensor(masked_group_norm(x, norm, sizes), mask, sizes)
 
 
 def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], level_embed: Tensor) -> FeatureLevels:
@@ -49,4 +64,9 @@ def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], le
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=valid.device)
     return FeatureLevels(torch.cat([x.tensors.flatten(2).mT for x in maps], dim=1),
                          torch.cat([x.mask.flatten(1) for x in maps], dim=1), torch.cat(position, dim=1),
-                         shapes, sizes, valid.clamp(min=1).float())
+                         shapes, sizes, valid.clamp(min=1).float(), exact=maps[0].sizes is not None)
+
+
+def level_of(tokens: Tensor, levels: FeatureLevels, index: int) -> Tensor:
+    """The part of ``tokens [B, S, D]`` that is one level's, channels first: ``[B, D, H * W]``."""
+    return tokens.split([h * w for h, w in levels.shapes], dim=1)[index].mT

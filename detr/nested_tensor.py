@@ -11,19 +11,41 @@ from torch import Tensor
 class NestedTensor:
     """A padded batch and where its padding is.
 
-    ``tensors`` is ``[B, C, H, W]``; ``mask`` is bool ``[B, H, W]``, True on padding.
+    ``tensors`` is ``[B, C, H, W]``; ``mask`` is bool ``[B, H, W]``, True on padding. ``sizes`` says the same in numbers,
+    for code that must not wait for a GPU: (height, width) of what is not padding in each image, from the top left
+    corner; None where nobody knows.
     """
 
-    def __init__(self, tensors: Tensor, mask: Tensor) -> None:
+    def __init__(self, tensors: Tensor, mask: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> None:
         self.tensors = tensors
         self.mask = mask
+        self.sizes = None if sizes is None else list(sizes)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         return NestedTensor(self.tensors.to(device, non_blocking=non_blocking),
-                            self.mask.to(device, non_blocking=non_blocking))
+                            self.mask.to(device, non_blocking=non_blocking), self.sizes)
 
     def pin_memory(self) -> NestedTensor:
-        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.sizes)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """``sizes``, or what the mask says; ValueError where an image is no rectangle at the top left."""
+        if self.sizes is not None:
+            return self.sizes
+        valid = ~self.mask
+        sizes = [(h, w) for h, w in zip(valid[:, :, 0].sum(1).tolist(), valid[:, 0].sum(1).tolist())]
+        for i, (h, w) in enumerate(sizes):
+            if h * w != int(valid[i].sum()) or not valid[i, :h, :w].all() or h * w == 0:
+                raise ValueError(f"the mask of image {i} of the batch {list(self.tensors.shape)} is not False on one "
+                                 f"rectangle at the top left and True outside of it, as exact padding needs; correct "
+                                 f"it, or use padding='legacy'")
+        return sizes
+
+    @property
+    def padded_share(self) -> float:
+        """The part of all pixels that is padding."""
+        pixels = self.mask.shape[-2] * self.mask.shape[-1]
+        return 1 - sum(h * w for h, w in self.extents()) / (pixels * len(self))
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         return self.tensors, self.mask
@@ -51,7 +73,7 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
     for image, tensor, padding in zip(images, tensors, mask):
         tensor[:, :image.shape[1], :image.shape[2]].copy_(image)
         padding[:image.shape[1], :image.shape[2]] = False
-    return NestedTensor(tensors, mask)
+    return NestedTensor(tensors, mask, [(image.shape[1], image.shape[2]) for image in images])
 
 
 def as_nested_tensor(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:

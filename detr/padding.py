@@ -13,6 +13,7 @@ need none of this.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,49 @@ def zero_outside(x: Tensor, sizes: Sequence[Size]) -> Tensor:
     return fill_outside(x, sizes, 0.0)
 
 
+class Where(NamedTuple):
+    """Where the images are in maps of one resolution, worked out once for all layers there."""
+    sizes: list[Size]
+    shape: Size                         # height and width of the maps
+    device: torch.device
+    outside: Tensor | None              # bool [B, 1, H, W], True outside the extents; None where nothing is outside
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], shape: Size, device: torch.device) -> Where:
+        nothing = unpadded(sizes, *shape)
+        return cls(list(sizes), shape, device, None if nothing else ~valid_mask(sizes, *shape, device)[:, None])
+
+
+def where(x: Tensor, sizes: Sequence[Size] | None) -> Where | None:
+    """Where the images are in ``x [B, C, H, W]``; None where padding is to be taken for a part of them (no ``sizes``)."""
+    return None if sizes is None else Where.of(sizes, (x.shape[-2], x.shape[-1]), x.device)
+
+
+def through(layer: Windowed, at: Where | None) -> Where | None:
+    """Where the images are after ``layer``."""
+    if at is None:
+        return None
+    sizes, shape = layer_sizes(layer, at.sizes), layer_sizes(layer, [at.shape])[0]
+    return at if (sizes, shape) == (at.sizes, at.shape) else Where.of(sizes, shape, at.device)
+
+
+def zeroed(x: Tensor, at: Where | None) -> Tensor:
+    """``zero_outside`` with what is known of the resolution of ``x [B, C, H, W]``."""
+    return x if at is None or at.outside is None else x.masked_fill(at.outside, 0.0)
+
+
+def normalised(norm: nn.Module, x: Tensor, at: Where | None) -> Tensor:
+    """``norm`` of ``x [B, C, H, W]``: group normalisation, and batch normalisation in training, by the statistics inside
+    the extents; any other as it is."""
+    if at is None or at.outside is None:
+        return norm(x)
+    if isinstance(norm, nn.GroupNorm):
+        return masked_group_norm(x, norm, at.sizes)
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        return masked_batch_norm(x, norm, at)
+    return norm(x)
+
+
 def exact_conv(conv: nn.Conv2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Size]]:
     """``conv`` of ``x [B, C, H, W]`` and the extents of its output, which is arbitrary outside of them.
 
@@ -136,6 +180,25 @@ def masked_group_norm(x: Tensor, norm: nn.GroupNorm, sizes: Sequence[Size]) -> T
     return out if norm.weight is None else out * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
+def masked_batch_norm(x: Tensor, norm: nn.BatchNorm2d, at: Where) -> Tensor:
+    """``norm`` of ``x [B, C, H, W]`` in training, with the statistics of the positions inside the extents of all images,
+    which its running statistics follow; outside, the result is arbitrary but finite."""
+    exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    count = sum(h * w for h, w in at.sizes)
+    mean = zeroed(exact, at).sum((0, 2, 3)) / count
+    centred = exact - mean[:, None, None]
+    variance = zeroed(centred, at).square().sum((0, 2, 3)) / count
+    if norm.running_mean is not None and norm.running_var is not None:
+        with torch.no_grad():
+            batches = norm.num_batches_tracked.add_(1)                                          # type: ignore[union-attr]
+            weight = 1 / float(batches) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+            norm.running_var.lerp_((variance * count / max(count - 1, 1)).to(norm.running_var.dtype), weight)
+    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    out = centred * scale[:, None, None]
+    return (out if norm.bias is None else out + norm.bias[:, None, None]).to(x.dtype)
+
+
 def adaptive_average(lengths: Sequence[int], length: int, bins: int, like: Tensor) -> Tensor:
     """Adaptive average pooling of one axis as matrices ``[B, bins, length]``, one for each image: row i averages the
     positions from floor(i n / bins) to ceil((i + 1) n / bins) of its own n ``lengths``. On the device of ``like``, in
@@ -155,3 +218,13 @@ def exact_adaptive_avg_pool(x: Tensor, sizes: Sequence[Size], bins: Size) -> Ten
     rows = adaptive_average([h for h, _ in sizes], x.shape[-2], bins[0], x)
     columns = adaptive_average([w for _, w in sizes], x.shape[-1], bins[1], x)
     return rows[:, None] @ zero_outside(x, sizes) @ columns[:, None].mT
+
+
+def exact_upsample(x: Tensor, sizes: Sequence[Size], finer: Sequence[Size], size: Size) -> Tensor:
+    """Each image of ``x [B, C, H, W]``, of extent ``sizes[i]``, by nearest neighbour to ``finer[i]``: ``[B, C, *size]``,
+    zero outside. PyTorch's own would follow the ratio of the padded sizes, which is another for each batch. B may be a
+    multiple of the number of images: as many maps of each, one image after the other."""
+    maps = x.unflatten(0, (len(sizes), -1))
+    return torch.cat([F.pad(F.interpolate(one[..., :h, :w], to, mode="nearest"),
+                            (0, size[1] - to[1], 0, size[0] - to[0]))
+                      for one, (h, w), to in zip(maps, sizes, finer)])

@@ -12,6 +12,12 @@ ARCHITECTURES: tuple[type[ModelConfig], ...] = (DETRConfig, DeformableDETRConfig
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
 DEFORMABLE_PAGE = "https://drive.google.com/file/d/"
 DEFORMABLE_RECIPE = TrainConfig(lr=2e-4, epochs=50, lr_drop=40)            # Zhu et al., 2021, section 5
+# Wang et al., 2021, section 5.3 and its published configuration: nothing frozen, random flip and scale, no crop. Batches
+# need no sides that divide by 32, since padding is exact.
+PVT_RECIPE = TrainConfig(epochs=50, lr_drop=33)
+PVT_DATA = DataConfig(random_crop=False, least_scale=0.8)
+PVTS = ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large", "pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b2_li",
+        "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,24 @@ PRESETS: dict[str, Preset] = {
     "deformable_detr_resnet50_two_stage": Preset(DeformableDETRConfig(with_box_refine=True, two_stage=True),
                                                  DEFORMABLE_RECIPE,
                                                  page=DEFORMABLE_PAGE + "15I03A7hNTpwuLNdfuEmW9_taZMNVssEp/view"),
+    **{f"detr_{pvt}": Preset(DETRConfig(backbone=pvt, frozen_stages=0, padding="exact"), PVT_RECIPE, PVT_DATA)
+       for pvt in PVTS},
+    # PVT's authors publish no Deformable DETR: its own recipe, with their data.
+    "deformable_detr_pvt_v2_b2": Preset(DeformableDETRConfig(backbone="pvt_v2_b2", frozen_stages=0, padding="exact"),
+                                        DEFORMABLE_RECIPE, PVT_DATA),
     # Ours, for a CPU: learns from random weights.
     "tiny_detr": Preset(
         ProposalDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
-                           enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
-                           num_queries=30),
+                           padding="exact", enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4,
+                           dropout=0.0, num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
     "tiny_deformable_detr": Preset(
         DeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
-                             with_box_refine=True, two_stage=True, query_content="token", num_feature_levels=3,
-                             enc_layers=0, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, dropout=0.0,
-                             num_queries=30, lr_linear_proj_mult=1.0),
+                             padding="exact", with_box_refine=True, two_stage=True, query_content="token",
+                             num_feature_levels=3, enc_layers=0, dec_layers=2, dim_feedforward=256, hidden_dim=128,
+                             nheads=4, dropout=0.0, num_queries=30, lr_linear_proj_mult=1.0),
         TrainConfig(lr=2e-3, batch_size=16, epochs=13, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),

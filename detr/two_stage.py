@@ -46,14 +46,15 @@ def proposing_tokens(memory: Tensor, levels: FeatureLevels, num_queries: int) ->
                   F.pad(invalid, (0, short), value=True), F.pad(levels.mask, (0, short), value=True))
 
 
-def best(scores: Tensor, mask: Tensor, num_queries: int) -> Tensor:
+def best(scores: Tensor, mask: Tensor, num_queries: int, exact: bool = False) -> Tensor:
     """The tokens with the highest ``scores [B, S]``, best first: ``[B, Q]``.
 
-    As published, padding competes with all the others under its own score. An image that has fewer tokens than queries
-    takes all of these before padding, so that it gets the same alone and in a batch.
+    As published, padding competes with all the others under its own score; ``exact`` takes padding last. An image that
+    has fewer tokens than queries takes all of these before padding in any case, so that it gets the same alone and in a
+    batch.
     """
-    few = (~mask).sum(1, keepdim=True) < num_queries
-    return scores.masked_fill(mask & few, -math.inf).topk(num_queries, dim=1).indices
+    last = mask if exact else mask & ((~mask).sum(1, keepdim=True) < num_queries)
+    return scores.masked_fill(last, -math.inf).topk(num_queries, dim=1).indices
 
 
 def encode_proposals(logits: Tensor, num_feats: int) -> Tensor:

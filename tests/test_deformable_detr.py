@@ -479,7 +479,7 @@ def test_flags_reach_the_parts():
 @pytest.mark.parametrize("flags, message", [
     ({"hidden_dim": 40}, "--hidden_dim 40: the levels' group normalisation has 32 groups"),
     ({"num_feature_levels": 0}, "--num_feature_levels 0: it must be at least 1"),
-    ({"masks": True}, "DeformableDETRConfig has no option 'masks'"),
+    ({"masks": True, "hidden_dim": 64}, "masks need hidden_dim"),
     ({"enc_layers": 0, "position_embedding": "learned"}, "the encoder alone uses positions; give --enc_layers 1 or more"),
     ({"eos_coef": 0.2}, "has no option 'eos_coef'")])
 def test_flags_that_do_not_fit(flags, message):

@@ -132,3 +132,34 @@ def test_errors():
         padding.exact_conv(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), x, [(8, 9), (3, 4)])
     with pytest.raises(ValueError, match="has padding 'same'; exact padding needs it in numbers"):
         padding.exact_conv(nn.Conv2d(3, 3, 3, padding="same"), x, [(8, 9), (3, 4)])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_in_training_leaves_padding_out(momentum):
+    """PyTorch's own over the pixels that are not padding, its running statistics and gradients too."""
+    torch.manual_seed(0)
+    sizes, x = [(3, 5), (6, 2)], torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    x[0, :, 3:], x[1, :, :, 2:] = 1e6, -1e6
+    ours, theirs = (nn.BatchNorm2d(4, momentum=momentum, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        for norm in (ours, theirs):
+            norm.weight.copy_(torch.arange(4) + 1.0)
+            norm.bias.copy_(torch.arange(4) - 1.0)
+    at = padding.where(x, sizes)
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[i, :, :h, :w].flatten(1) for i, (h, w) in enumerate(sizes)], dim=1)
+
+    for _ in range(3):
+        x = x.detach().requires_grad_()
+        pixels = inside(x).detach().requires_grad_()
+        expected = theirs(pixels.T[:, :, None, None])[:, :, 0, 0].T
+        got = inside(padding.normalised(ours, x, at))
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        weights = torch.randn_like(got)
+        (got * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(inside(x.grad), pixels.grad, rtol=1e-10, atol=1e-10)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-10, atol=1e-10)
+    assert torch.equal(padding.normalised(ours.eval(), x, at), ours(x))             # fixed statistics need nothing

@@ -310,7 +310,7 @@ def test_initialisation():
 def test_stem_and_first_stage(name, tensors):
     body = shapes(name)
     first = {key for key in body.state_dict() if key.split(".")[0].endswith("1")}
-    assert first == {key for key in body.state_dict() if key.startswith(body.frozen_prefixes)} and len(first) == tensors
+    assert first == {key for key in body.state_dict() if key.startswith(body.stages[0])} and len(first) == tensors
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0"])

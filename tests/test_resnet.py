@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from detr.backbone import IMAGENET_URLS, build_backbone, freeze
+from detr.backbone import IMAGENET_URLS, Backbone, build_body, freeze
 from detr.backbone.resnet import SIZES, FrozenBatchNorm2d, ResNet, group_norm
 from detr.nested_tensor import nested_tensor_from_tensor_list, resize_mask
 
@@ -135,7 +135,7 @@ def test_groups():
 @pytest.mark.parametrize("levels", [(-1,), (0, 1, 2, 3), (-1, -2)])
 @torch.no_grad()
 def test_levels(levels):
-    backbone = build_backbone("resnet18", "frozen", dilation=False, levels=levels)
+    backbone = Backbone(build_body("resnet18", "frozen", dilation=False), levels)
     batch = nested_tensor_from_tensor_list([torch.randn(3, 50, 96), torch.randn(3, 80, 40)])
     maps = backbone(batch)
     strides = [(4, 8, 16, 32)[i] for i in levels]
@@ -159,20 +159,20 @@ def test_mask_is_resized_by_nearest_rounded_down(small):
 
 
 def test_what_is_frozen_of_a_published_backbone():
-    backbone = build_backbone("resnet18", "batch", dilation=False)
-    freeze(backbone, from_scratch=False, lr_backbone=1e-5)
+    backbone = Backbone(build_body("resnet18", "batch", dilation=False), [-1])
+    freeze(backbone, stages=1, lr_backbone=1e-5)
     frozen = {name.split(".")[0] for name, p in backbone.body.named_parameters() if not p.requires_grad}
     trained = {name.split(".")[0] for name, p in backbone.body.named_parameters() if p.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1"} and trained == {"layer2", "layer3", "layer4"}
-    freeze(backbone, from_scratch=False, lr_backbone=0)
+    freeze(backbone, stages=0, lr_backbone=0)
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="backbone 'resnet19' is not known; use one of resnet18, resnet34, resnet50"):
-        build_backbone("resnet19", "frozen", False)
+        build_body("resnet19", "frozen", False)
     with pytest.raises(ValueError, match="backbone_norm 'layer' is not known; use one of frozen, batch, group"):
-        build_backbone("resnet18", "layer", False)
+        build_body("resnet18", "layer", False)
 
 
 def test_imagenet_weights_are_torchvisions():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,20 +16,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, build_body, channels, freeze
-from ..config import ModelConfig, flag
+from ..backbone import build_backbone, channels
+from ..config import MaskConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
 from ..encoder import DeformableTransformerEncoder
-from ..feature_levels import build_input_proj, flatten_levels, project
-from ..losses import FocalLabelLoss, box_loss, cardinality_error
+from ..feature_levels import build_input_proj, flatten_levels, level_of, project
+from ..losses import FocalLabelLoss, box_loss, cardinality_error, mask_loss
+from ..mask_head import DETRsegm, Intermediates
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..position_encoding import build_position_encoding
 from ..postprocess import PostProcessTopK
 from ..reference_points import decoder_reference_points, refine
-from ..set_criterion import SetCriterion, every_row
+from ..set_criterion import Loss, SetCriterion, every_row
 from ..structures import FeatureLevels, Outputs
 from ..two_stage import best, encode_proposals, proposing_tokens
 
@@ -36,7 +38,7 @@ FINEST_STRIDE = 8                   # of the backbone's maps that become levels:
 
 
 @dataclass(frozen=True)
-class DeformableDETRConfig(ModelConfig):
+class DeformableDETRConfig(MaskConfig):
     """Deformable DETR's flags; the defaults are the paper's ResNet-50 model with four levels."""
     with_box_refine: bool = flag(False, "each decoder layer refines the boxes of the one before")
     two_stage: bool = flag(False, "queries begin at the encoder's best proposals")
@@ -59,16 +61,16 @@ class DeformableDETRConfig(ModelConfig):
     set_cost_class: float = flag(2, "class weight in the matching cost")
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
+        """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
+        freezes all but the mask head; loading that file is left to the caller."""
+        self.check_masks()
         if self.query_content == "token" and not self.two_stage:
             raise ValueError("--query_content token is about proposals: add --two_stage")
         if self.position_embedding == "learned" and not self.enc_layers:
             raise ValueError("--position_embedding learned: the encoder alone uses positions; give --enc_layers 1 or "
                              "more")
-        body = build_body(self.backbone, self.backbone_norm, self.dilation)
-        fine = [i for i, stride in enumerate(body.strides) if stride >= FINEST_STRIDE or i + 1 == len(body.strides)]
-        backbone = Backbone(body, fine[-self.num_feature_levels:])
-        freeze(backbone, self.from_scratch, self.lr_backbone)
+        backbone = build_backbone(self, self.maps, most=self.num_feature_levels)
+        finer = len(backbone.strides) - len(self.coarse_maps(backbone.strides)) if self.masks else 0
         position = build_position_encoding(self.position_embedding, self.hidden_dim, self.position_embedding_scale,
                                            offset=-0.5)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout, self.num_feature_levels)
@@ -77,17 +79,30 @@ class DeformableDETRConfig(ModelConfig):
                                             DeformableTransformerDecoder(self.dec_layers, *layer, self.dec_n_points,
                                                                          with_box_refine=self.with_box_refine),
                                             self.two_stage, self.query_content == "token")
-        model = DeformableDETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
-                               self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage)
+        detr = DeformableDETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
+                              self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage, finer)
+        model = DETRsegm(detr, self.nheads, freeze_detr=self.frozen_weights is not None) if self.masks else detr
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
                                    partial(focal_class_cost, alpha=self.focal_alpha))
-        criterion = SetCriterion(matcher, [FocalLabelLoss(self.focal_alpha), box_loss, cardinality_error], self.weights(),
+        losses: list[Loss] = [FocalLabelLoss(self.focal_alpha), box_loss, cardinality_error]
+        criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights(),
                                  class_agnostic_proposals=True)
         return model, criterion, {"bbox": PostProcessTopK()}
+
+    def maps(self, strides: list[int]) -> Sequence[int]:
+        """The maps that are used where ``--feature_strides`` does not say: the levels, and for masks the finer ones."""
+        return range(len(strides))[-4:] if self.masks else self.coarse_maps(strides)
+
+    def coarse_maps(self, strides: list[int]) -> list[int]:
+        """The maps that become levels where ``--feature_strides`` does not say: the coarsest ones."""
+        return [i for i, stride in enumerate(strides)
+                if stride >= FINEST_STRIDE or i + 1 == len(strides)][-self.num_feature_levels:]
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer and of the proposals."""
         weights = {"loss_ce": self.cls_loss_coef, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
+        if self.masks:
+            weights |= {"loss_mask": self.mask_loss_coef, "loss_dice": self.dice_loss_coef}
         return every_row(weights, self.dec_layers, self.aux_loss, self.two_stage)
 
     def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
@@ -165,7 +180,7 @@ class DeformableTransformer(nn.Module):
         output = self.enc_output_norm(self.enc_output(tokens.memory))
         logits = class_embed(output)                                                            # [B, S, C]
         coordinates = bbox_embed(output) + tokens.anchors                                       # [B, S, 4]
-        chosen = best(logits[..., 0], tokens.mask, num_queries)
+        chosen = best(logits[..., 0], tokens.mask, num_queries, levels.exact)
         reference = coordinates.gather(1, chosen[..., None].expand(-1, -1, 4)).detach()
         start = self.pos_trans_norm(self.pos_trans(encode_proposals(reference, self.d_model // 2).to(memory.dtype)))
         if self.token_content:
@@ -185,8 +200,9 @@ class DeformableTransformerDecoder(nn.Module):
         self.next_reference = refined if with_box_refine else unchanged
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels, class_embed: nn.ModuleList,
-                bbox_embed: nn.ModuleList) -> list[Outputs]:
-        """Queries, the encoder's ``memory [B, S, D]`` of ``levels`` and each layer's heads -> what each layer says."""
+                bbox_embed: nn.ModuleList) -> tuple[list[Outputs], Tensor]:
+        """Queries, the encoder's ``memory [B, S, D]`` of ``levels`` and each layer's heads -> what each layer says, and
+        what has become of the queries ``[B, Q, D]``."""
         content, position, reference = queries
         outputs: list[Outputs] = []
         for layer, class_head, box_head in zip(self.layers, class_embed, bbox_embed):
@@ -194,7 +210,7 @@ class DeformableTransformerDecoder(nn.Module):
             boxes = refine(reference, box_head(content))
             outputs.append({"pred_logits": class_head(content), "pred_boxes": boxes})
             reference = self.next_reference(reference, boxes)
-        return outputs
+        return outputs, content
 
 
 def refined(reference: Tensor, boxes: Tensor) -> Tensor:
@@ -212,7 +228,8 @@ class DeformableDETR(nn.Module):
     refinement are one."""
 
     def __init__(self, backbone: nn.Sequential, transformer: DeformableTransformer, num_classes: int, num_queries: int,
-                 num_levels: int, aux_loss: bool, with_box_refine: bool, two_stage: bool) -> None:
+                 num_levels: int, aux_loss: bool, with_box_refine: bool, two_stage: bool, finer: int = 0) -> None:
+        """``finer``: how many of the backbone's maps are for a mask head alone."""
         super().__init__()
         d_model = transformer.d_model
         self.transformer = transformer
@@ -233,16 +250,21 @@ class DeformableDETR(nn.Module):
             transformer.decoder.class_embed = self.class_embed
         else:
             self.query_embed = nn.Embedding(num_queries, 2 * d_model)
-        self.input_proj = build_input_proj(channels(backbone[0]), num_levels, d_model)
+        self.input_proj = build_input_proj(channels(backbone[0])[finer:], num_levels, d_model)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
-        self.num_queries, self.aux_loss, self.two_stage = num_queries, aux_loss, two_stage
+        self.num_queries, self.aux_loss, self.two_stage, self.finer = num_queries, aux_loss, two_stage, finer
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs``. Two-stage: of all tokens in ``enc_outputs``, and ``invalid_queries
         [B, Q]``, which started from no proposal."""
+        return self.detect(samples)[0]
+
+    def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
+        """``forward``, and what it went through."""
         images = as_nested_tensor(samples)
-        maps = project(self.input_proj, list(self.backbone[-2](images).values()), images)
+        features = list(self.backbone[-2](images).values())
+        maps = project(self.input_proj, features[self.finer:], images)
         positions = [self.backbone[-1](x).to(x.tensors.dtype) for x in maps]
         levels = flatten_levels(maps, positions, self.transformer.level_embed)
         memory = self.transformer.encoder(levels)
@@ -257,8 +279,10 @@ class DeformableDETR(nn.Module):
                               f"images or lower --num_queries", stacklevel=2)
         else:
             queries = self.transformer.learned_queries(self.query_embed.weight, len(memory))
-        layers = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed)
+        layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed)
         outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]
-        return outputs
+        last = len(features) - self.finer - 1                               # the level of the backbone's last map
+        src = maps[last].tensors
+        return outputs, Intermediates(features, src, content, level_of(memory, levels, last).reshape(src.shape))

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import build_backbone, channels, freeze
-from ..config import ModelConfig, flag
+from ..backbone import build_backbone, channels
+from ..config import MaskConfig, flag
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
 from ..losses import SoftmaxLabelLoss, box_loss, cardinality_error, mask_loss
-from ..mask_head import MaskHeadSmallConv, MHAttentionMap
+from ..mask_head import DETRsegm, Intermediates
 from ..matcher import HungarianMatcher
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
@@ -23,13 +22,9 @@ from ..structures import Outputs
 
 
 @dataclass(frozen=True)
-class DETRConfig(ModelConfig):
+class DETRConfig(MaskConfig):
     """DETR's flags; the defaults are the paper's ResNet-50 model."""
     pre_norm: bool = flag(False, "normalise before each transformer block instead of after it")
-    masks: bool = flag(False, "train the mask head for segmentation")
-    frozen_weights: str | None = flag(None, "checkpoint of a box model to freeze while its mask head is trained")
-    mask_loss_coef: float = flag(1, "weight of the masks' focal loss")
-    dice_loss_coef: float = flag(1, "weight of the masks' dice loss")
     eos_coef: float = flag(0.1, "weight of the 'no object' class in the class loss")
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
@@ -37,15 +32,13 @@ class DETRConfig(ModelConfig):
 
         ``frozen_weights`` freezes all but the mask head; loading that file is left to the caller.
         """
-        if self.frozen_weights and not self.masks:
-            raise ValueError("--frozen_weights is for training a mask head on a fixed detector: add --masks")
-        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, (0, 1, 2, 3) if self.masks else (-1,))
-        freeze(backbone, self.from_scratch, self.lr_backbone)
+        self.check_masks()
+        backbone = build_backbone(self, lambda strides: range(len(strides))[-4:] if self.masks else (-1,), most=1)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         transformer = Transformer(self.hidden_dim, self.nheads, self.enc_layers, self.dec_layers, self.dim_feedforward,
                                   self.dropout, self.pre_norm)
         detr = DETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries, self.aux_loss)
-        model = DETRsegm(detr, freeze_detr=self.frozen_weights is not None) if self.masks else detr
+        model = DETRsegm(detr, self.nheads, freeze_detr=self.frozen_weights is not None) if self.masks else detr
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou)
         losses: list[Loss] = [SoftmaxLabelLoss(num_classes, self.eos_coef), box_loss, cardinality_error]
         criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights())
@@ -131,33 +124,4 @@ class DETR(nn.Module):
         outputs: Outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
             outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]
-        return outputs, Intermediates(features, src, hs, memory)
-
-
-class Intermediates(NamedTuple):
-    """What a forward pass of DETR went through."""
-    features: list[NestedTensor]        # the backbone's maps, finest first
-    src: Tensor                         # [B, D, H, W] the last of them, projected
-    hs: Tensor                          # [K, B, Q, D] each decoder layer's queries
-    memory: Tensor                      # [B, D, H, W] the encoder's output
-
-
-class DETRsegm(nn.Module):
-    """DETR with a mask head (section 4.4; figure 8): for each query its attention over the memory, sharpened by a small
-    convolutional network that adds the backbone's finer maps."""
-
-    def __init__(self, detr: DETR, freeze_detr: bool = False) -> None:
-        super().__init__()
-        self.detr = detr
-        if freeze_detr:
-            detr.requires_grad_(False)
-        d_model, nheads = detr.transformer.d_model, detr.transformer.nhead
-        self.bbox_attention = MHAttentionMap(d_model, nheads)
-        self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, channels(detr.backbone[0])[-2::-1])
-
-    def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
-        """DETR's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits."""
-        outputs, (features, src, hs, memory) = self.detr.detect(samples)
-        attention = self.bbox_attention(hs[-1], memory, features[-1].mask)                  # [B, Q, M, H, W]
-        outputs["pred_masks"] = self.mask_head(src, attention, [f.tensors for f in features[-2::-1]])
-        return outputs
+        return outputs, Intermediates(features, src, hs[-1], memory)

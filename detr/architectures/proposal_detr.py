@@ -18,15 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import build_backbone, channels, freeze
+from ..backbone import build_backbone, channels
 from ..boxes import refine_relative
-from ..config import ModelConfig, flag
+from ..config import ModelConfig, flag, shown
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
 from ..losses import FocalLabelLoss, box_loss
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
+from ..padding import exact_upsample
 from ..position_encoding import build_position_encoding, encode_boxes
 from ..postprocess import PostProcessTopK
 from ..set_criterion import SetCriterion, every_row
@@ -42,12 +43,14 @@ class ProposalDETRConfig(ModelConfig):
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
-        backbone = build_backbone(self.backbone, self.backbone_norm, self.dilation, levels=(-1, -2))
-        freeze(backbone, self.from_scratch, self.lr_backbone)
+        if self.feature_strides is not None and len(self.feature_strides) != 2:
+            raise ValueError(f"--feature_strides {shown(self.feature_strides)}: this model takes two, that of the "
+                             f"proposals and that of the encoder, such as 8 16")
+        backbone = build_backbone(self, lambda strides: (-2, -1), most=2)
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout)
         transformer = ProposalTransformer(layer, self.enc_layers, self.dec_layers, num_classes, self.num_queries,
-                                          fine_channels=channels(backbone)[1])
+                                          fine_channels=channels(backbone)[0])
         model = ProposalDETR(nn.Sequential(backbone, position), transformer, self.aux_loss)
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
                                    partial(focal_class_cost, alpha=self.focal_alpha))
@@ -100,16 +103,30 @@ class Proposals(nn.Module):
         side = torch.full_like(x, self.SIDE)
         return torch.stack([x, y, side, side], dim=-1).flatten(1, 2)
 
-    def forward(self, memory: Tensor, fine: NestedTensor) -> tuple[Outputs, Tensor, Tensor, Tensor]:
-        """``memory [B, D, H, W]`` and the finer map -> all proposals; and of the best ``num_queries`` (of all, where
-        there are fewer) content ``[B, Q, D]``, boxes ``[B, Q, 4]``, and which of them are padding ``[B, Q]``."""
-        joined = F.interpolate(memory, size=fine.tensors.shape[-2:], mode="nearest") + self.lateral(fine.tensors)
+    @staticmethod
+    def above(memory: NestedTensor, fine: NestedTensor) -> Tensor:
+        """The memory at the resolution of the finer map, by nearest neighbour; where sizes are known, in each image by
+        itself."""
+        height, width = fine.tensors.shape[-2:]
+        if memory.sizes is None or fine.sizes is None:
+            return F.interpolate(memory.tensors, size=(height, width), mode="nearest")
+        return exact_upsample(memory.tensors, memory.sizes, fine.sizes, (height, width))
+
+    def forward(self, memory: NestedTensor, fine: NestedTensor) -> tuple[Outputs, Tensor, Tensor, Tensor]:
+        """The encoder's memory ``[B, D, H, W]`` and the finer map -> all proposals; and of the best ``num_queries``
+        content ``[B, Q, D]``, boxes ``[B, Q, 4]``, and which of them are none ``[B, Q]``: padding, or made up where
+        there are fewer places than queries."""
+        joined = self.above(memory, fine) + self.lateral(fine.tensors)
         content = self.content(self.norm(joined.flatten(2).mT))                                 # [B, S, D]
-        padding = fine.mask.flatten(1)
+        padding, anchors = fine.mask.flatten(1), self.anchors(fine.mask)
+        short = max(0, self.num_queries - content.shape[1])
+        padding = F.pad(padding, (0, short), value=True)
+        content = F.pad(content, (0, 0, 0, short)).masked_fill(padding[..., None], 0.0)
+        anchors = F.pad(anchors, (0, 0, 0, short)).masked_fill(padding[..., None], 0.5)
         logits, delta = self.heads(content)
         logits = logits.masked_fill(padding[..., None], self.INVALID)
-        boxes = refine_relative(self.anchors(fine.mask), delta)
-        best = logits.amax(-1).topk(min(self.num_queries, logits.shape[1])).indices             # [B, Q]
+        boxes = refine_relative(anchors, delta)
+        best = logits.amax(-1).masked_fill(padding, -math.inf).topk(self.num_queries).indices   # [B, Q]
 
         def chosen(x: Tensor) -> Tensor:
             return x.gather(1, best[..., None].expand(-1, -1, x.shape[-1]))
@@ -159,12 +176,13 @@ class ProposalTransformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, pos_embed: Tensor, fine: NestedTensor) -> tuple[list[Outputs], Outputs]:
-        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding, and the finer map -> what
-        each decoder layer says, and the proposals."""
-        tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
+    def forward(self, src: NestedTensor, pos_embed: Tensor, fine: NestedTensor) -> tuple[list[Outputs], Outputs]:
+        """Feature map and its positions ``[B, D, H, W]``, and the finer map -> what each decoder layer says, and the
+        proposals."""
+        tokens, position, padding = src.tensors.flatten(2).mT, pos_embed.flatten(2).mT, src.mask.flatten(1)
         memory = self.encoder(tokens, padding, position)
-        proposals, content, boxes, query_mask = self.proposals(memory.mT.reshape(src.shape), fine)
+        above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes)
+        proposals, content, boxes, query_mask = self.proposals(above, fine)
         layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding)
         return layers, proposals
 
@@ -175,16 +193,17 @@ class ProposalDETR(nn.Module):
     def __init__(self, backbone: nn.Sequential, transformer: ProposalTransformer, aux_loss: bool) -> None:
         super().__init__()
         self.transformer = transformer
-        self.input_proj = nn.Conv2d(channels(backbone[0])[0], transformer.d_model, kernel_size=1)
+        self.input_proj = nn.Conv2d(channels(backbone[0])[1], transformer.d_model, kernel_size=1)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs`` and of all proposals in ``enc_outputs``."""
-        last, fine = self.backbone[-2](as_nested_tensor(samples)).values()
+        fine, last = self.backbone[-2](as_nested_tensor(samples)).values()
         src = self.input_proj(last.tensors)
-        layers, proposals = self.transformer(src, last.mask, self.backbone[-1](last).to(src.dtype), fine)
+        src = NestedTensor(src, last.mask, last.sizes)
+        layers, proposals = self.transformer(src, self.backbone[-1](last).to(src.tensors.dtype), fine)
         outputs: Outputs = {**layers[-1], "enc_outputs": proposals}
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]

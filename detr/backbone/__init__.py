@@ -1,19 +1,28 @@
 """Backbones: image -> feature maps.
 
-The contract of a family: ``body(images [B, 3, H, W])`` returns a list of maps ``[B, channels[i], H / strides[i],
-W / strides[i]]`` (rounded up, or down where patches do not overlap), finest first, and states ``channels`` and
-``strides``. ``classifier``: what only classification files have. A family is one file here and one line of ``FAMILIES``.
+The contract of a family: ``body(images [B, C, H, W], sizes=None)`` returns a list of maps ``[B, channels[i],
+H / strides[i], W / strides[i]]`` (rounded up, or down where patches do not overlap), finest first. It states
+``channels`` and ``strides``, ``stages`` (how the names of each map's parameters begin), ``classifier`` (what only
+classification files have), ``first_layer`` (the weight that sees the image), and can ``keep`` its first maps only. Where
+``exact`` is True, ``sizes`` are the images' extents in the batch, and what lies outside of them changes nothing inside
+``extents(size)``. A family is one file here and one line of ``FAMILIES``.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
+from .. import checkpoint
+from ..config import ModelConfig, shown
 from ..nested_tensor import NestedTensor, resize_mask
-from . import pvt, resnet
+from ..padding import valid_mask
+from . import pvt, resnet, timm_model
 
+TIMM = "timm/"
+LEAST = 32                      # pixels a side that exact padding gives every image: the coarsest stride
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     **{name: resnet.ResNet for name in resnet.SIZES},
     **{name: pvt.PyramidVisionTransformer for name in pvt.SIZES},
@@ -30,40 +39,112 @@ IMAGENET_URLS = {
 
 
 class Backbone(nn.Module):
-    """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, in their order."""
+    """A body and the levels of it that are used: ``NestedTensor`` -> ``{"0": NestedTensor, …}``, in their order.
 
-    def __init__(self, body: Any, levels: Sequence[int]) -> None:
+    ``exact`` makes the maps of an image the same in every batch: the body is told the images' sizes, masks are at the
+    true extents, and images with a side below 32 pixels are padded to 32, alone, too. The maps then have ``sizes``,
+    which tells those that come after. A body that cannot do so is run as published, and ``inexact`` says why.
+    """
+
+    def __init__(self, body: Any, levels: Sequence[int], exact: bool = False) -> None:
         super().__init__()
-        self.body, self.levels = body, list(levels)
+        levels = [i % len(body.strides) for i in levels]
+        body.keep(max(levels) + 1)
+        if hasattr(body, "unused"):             # where maps are made side by side (HRNet), some parameters go to others
+            for name in body.unused(levels):
+                body.get_parameter(name).requires_grad_(False)
+        self.body, self.levels = body, levels
+        self.exact = exact and body.exact
+        self.inexact: str = body.inexact if exact and not body.exact else ""
         self.channels: list[int] = [body.channels[i] for i in levels]
         self.strides: list[int] = [body.strides[i] for i in levels]
 
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        if self.exact:
+            return self.exact_maps(images)
         maps = self.body(images.tensors)
         return {str(n): NestedTensor(maps[i], resize_mask(images, maps[i].shape[-2:]))
                 for n, i in enumerate(self.levels)}
 
+    def exact_maps(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        """The maps at the images' true extents, and zero outside of them."""
+        sizes = images.extents()
+        height, width = images.tensors.shape[-2:]
+        enough = F.pad(images.tensors, (0, max(LEAST - width, 0), 0, max(LEAST - height, 0)))
+        maps = self.body(enough, [(max(h, LEAST), max(w, LEAST)) for h, w in sizes])
+        extents = {size: self.body.extents(size) for size in set(sizes)}
+        features = {}
+        for n, i in enumerate(self.levels):
+            of_level = [extents[size][i] for size in sizes]
+            mask = ~valid_mask(of_level, maps[i].shape[-2], maps[i].shape[-1], maps[i].device)
+            features[str(n)] = NestedTensor(maps[i].masked_fill(mask[:, None], 0.0), mask, of_level)
+        return features
 
-def build_body(name: str, norm: str, dilation: bool) -> Any:
-    """The body of a backbone by name, with random weights.
+
+def build_body(name: str, norm: str, dilation: bool, in_channels: int = 3) -> Any:
+    """The body of a backbone by name, with random weights: one of ``FAMILIES``, or ``timm/`` and a name of timm's.
 
     ``norm`` is ``frozen`` (fixed statistics, for ImageNet weights), ``batch`` or ``group``.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}")
     if norm not in resnet.NORMS:
         raise ValueError(f"backbone_norm {norm!r} is not known; use one of {', '.join(resnet.NORMS)}")
-    return FAMILIES[name](name, norm, dilation)
+    if name.startswith(TIMM):
+        return timm_model.TimmBody(name, norm, dilation, in_channels)
+    if name not in FAMILIES:
+        raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}, or "
+                         f"timm/NAME with one of timm's")
+    return FAMILIES[name](name, norm, dilation, in_channels)
 
 
-def build_backbone(name: str, norm: str, dilation: bool, levels: Sequence[int] = (-1,)) -> Backbone:
-    """A backbone by name (see ``build_body``), giving the ``levels`` of it, by default its last."""
-    return Backbone(build_body(name, norm, dilation), list(levels))
+def build_backbone(config: ModelConfig, default: Callable[[list[int]], Sequence[int]], most: int) -> Backbone:
+    """The backbone that ``config`` asks for. ``default`` chooses the maps that are used where the user does not, from
+    the strides of all; an architecture has room for ``most``."""
+    body = build_body(config.backbone, config.backbone_norm, config.dilation, config.in_channels)
+    levels = default(body.strides) if config.feature_strides is None else \
+        maps_of(config.feature_strides, body.strides, config.backbone, most)
+    backbone = Backbone(body, levels, config.padding == "exact")
+    freeze(backbone, 0 if config.from_scratch else config.frozen_stages, config.lr_backbone)
+    return backbone
+
+
+def maps_of(wanted: Sequence[int], strides: Sequence[int], name: str, most: int) -> list[int]:
+    """Which maps have the ``wanted`` strides; of two with the same stride (DC5), the deeper one."""
+    flag = f"--feature_strides {shown(tuple(wanted))}"
+    if missing := [stride for stride in wanted if stride not in strides]:
+        raise ValueError(f"{flag}: {name} has no map of stride {missing[0]}; it has {shown(tuple(strides))}")
+    if any(b <= a for a, b in zip(wanted, wanted[1:])):
+        raise ValueError(f"{flag}: from fine to coarse, each once: {shown(tuple(sorted(set(wanted))))}")
+    if len(wanted) > most:
+        raise ValueError(f"{flag}: {len(wanted)} strides, and this model has room for {most}; for several, use a "
+                         f"Deformable DETR with --num_feature_levels {len(wanted)} or more")
+    return [max(i for i, stride in enumerate(strides) if stride == one) for one in wanted]
 
 
 def has_statistics(name: str) -> bool:
     """Whether a backbone's normalisation keeps statistics of batches, which must not be frozen while they are random."""
-    return name in resnet.SIZES
+    return timm_model.has_batch_norm(name) if name.startswith(TIMM) else name in resnet.SIZES
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of RGB in 0..1 that a backbone's published weights were trained with, where these are
+    others than ImageNet's."""
+    return timm_model.statistics(name) if name.startswith(TIMM) else None
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether somebody's weights of a backbone are known and may be fetched without being asked for: as published,
+    training a ResNet, or a PVT, begins with them."""
+    return name in IMAGENET_URLS
+
+
+def pretrained(name: str) -> tuple[dict[str, Any], str]:
+    """The published weights of a backbone, fetched where they are not in the cache, and where they come from."""
+    if name.startswith(TIMM):
+        return timm_model.pretrained(name)
+    if name not in IMAGENET_URLS:
+        raise ValueError(f"no ImageNet weights are known for backbone {name}; there are some for "
+                         f"{', '.join(IMAGENET_URLS)}, and for most of timm's")
+    return checkpoint.load(IMAGENET_URLS[name])["model"], IMAGENET_URLS[name]
 
 
 def channels(backbone: nn.Module) -> list[int]:
@@ -71,14 +152,22 @@ def channels(backbone: nn.Module) -> list[int]:
     return backbone.channels                                                                # type: ignore[return-value]
 
 
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone inside a detector, a mask model or not."""
+    return getattr(model, "detr", model).backbone[0]                                        # type: ignore[return-value]
+
+
 def body_of(model: nn.Module) -> nn.Module:
-    """The backbone's body inside a detector, a mask model or not."""
-    return getattr(model, "detr", model).backbone[0].body
+    """The backbone's body inside a detector."""
+    return backbone_of(model).body
 
 
-def freeze(backbone: Backbone, from_scratch: bool, lr_backbone: float) -> None:
-    """Fix what DETR leaves fixed of a pretrained backbone: its stem and first stage, or all of it where its learning rate
-    is 0. A backbone that is trained ``from_scratch`` trains whole."""
+def freeze(backbone: Backbone, stages: int, lr_backbone: float) -> None:
+    """Fix the first ``stages`` of a backbone, the stem with the first; or all of it where its learning rate is 0."""
+    if stages > len(backbone.body.stages) and lr_backbone > 0:
+        raise ValueError(f"--frozen_stages {stages}: the backbone has {len(backbone.body.stages)} stages that are used; "
+                         f"to freeze all of it, use --lr_backbone 0")
+    fixed = tuple(prefix for stage in backbone.body.stages[:stages] for prefix in stage)
     for name, parameter in backbone.body.named_parameters():
-        if lr_backbone <= 0 or not from_scratch and name.startswith(("conv1.", "bn1.", "layer1.")):
+        if lr_backbone <= 0 or name.startswith(fixed):
             parameter.requires_grad_(False)

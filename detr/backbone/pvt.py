@@ -275,50 +275,41 @@ def end(x: Tensor, grid: Grid) -> Tensor:
     return to_map(x, grid)
 
 
-def extents_of(body: nn.Module, size: Extent) -> list[Extent]:
-    """The extents of the four maps of an image of ``size``, by the formula of each patch embedding."""
-    extents = [size]
-    for i in range(4):
-        extents += padding.layer_sizes(getattr(body, f"patch_embed{i + 1}").proj, extents[-1:])
-    return extents[1:]
+class Pyramid(nn.Module):
+    """What v1 and v2 share: four stages and the way through them."""
+    exact, first_layer = True, "patch_embed1.proj.weight"
+    size: Size
+    channels: list[int]
+    strides: list[int]
+    stages: list[tuple[str, ...]]           # names of each stage's parts, as they begin in a file
+    classifier: tuple[str, ...]             # in classification files only
+    smallest: int                           # pixels a side; the reductions need a token
 
+    def enter(self, stage: int, x: Tensor, grid: Grid, sizes: Sequence[Extent] | None) -> Tensor:
+        """Patches ``[B, S, D]`` on their way into the blocks."""
+        return x
 
-class PyramidVisionTransformer(nn.Module):
-    """PVT v1; returns the map of each stage: a list of ``[B, channels[i], H / strides[i], W / strides[i]]``, rounded
-    down at each stage.
+    def leave(self, stage: int, x: Tensor) -> Tensor:
+        """Tokens ``[B, S, D]`` on their way out of the blocks."""
+        return x
 
-    The last position embedding begins with the class token's, as published, which detection does not use. ``norm``
-    and ``dilation`` are what every family is asked for, and have to stay as they are.
-    """
-    frozen_prefixes = ("patch_embed1.", "pos_embed1", "block1.")            # the stem and the first stage
-    classifier = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")     # in classification files only
-    smallest = 32                                                           # pixels a side; the reductions need a token
-
-    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False,
-                 drop_path_rate: float | None = None) -> None:
-        super().__init__()
-        refuse(name, norm, dilation)
-        self.size = size = SIZES[name]
-        self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
-        rates = decay(size.drop_path if drop_path_rate is None else drop_path_rate, size.depths)
-        for i, (dim, ratio, side) in enumerate(zip(size.channels, size.ratios, PRETRAINED)):
-            patch = 2 if i else 4
-            embedding = torch.empty(1, side * side + (i == 3), dim)
-            setattr(self, f"pos_embed{i + 1}", nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02)))
-            setattr(self, f"patch_embed{i + 1}", PatchEmbedding(size.channels[i - 1] if i else 3, dim, patch, patch))
-            setattr(self, f"block{i + 1}", nn.ModuleList(
-                Block(dim, attention_of(size, i), Mlp(dim, ratio * dim), rate) for rate in rates[i]))
-        for module in self.modules():                           # convolutions keep PyTorch's, as published
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+    def keep(self, maps: int) -> None:
+        """Drop the stages after the first ``maps``; files have them all the same."""
+        dropped = [prefix for stage in self.stages[maps:] for prefix in stage]
+        self.classifier = (*self.classifier, *dropped)
+        for prefix in dropped:
+            delattr(self, prefix.removesuffix("."))
+        del self.channels[maps:], self.strides[maps:], self.stages[maps:]
 
     def extents(self, size: Extent) -> list[Extent]:
-        """(height, width) of each map of an image of ``size``."""
-        return extents_of(self, size)
+        """(height, width) of each map of an image of ``size``, by the formula of each patch embedding."""
+        extents = [size]
+        for i in range(len(self.stages)):
+            extents += padding.layer_sizes(getattr(self, f"patch_embed{i + 1}").proj, extents[-1:])
+        return extents[1:]
 
     def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
-        """``images [B, 3, H, W]`` -> the map of each stage. Without ``sizes`` the published computation, which takes
+        """``images [B, C, H, W]`` -> the map of each stage. Without ``sizes`` the published computation, which takes
         padding for a part of the image.
 
         ``sizes`` are (height, width) of the images in the batch, whatever lies outside: each image's maps are then those
@@ -326,15 +317,50 @@ class PyramidVisionTransformer(nn.Module):
         """
         x, sizes = begin(images, sizes, self.smallest)
         maps = []
-        for i, reduction in enumerate(self.size.reductions):
+        for i in range(len(self.stages)):
             x, height, width, sizes = getattr(self, f"patch_embed{i + 1}")(x, sizes)
-            grid = make_grid(x, height, width, sizes, reduction, linear=False)
-            x = x + self.positions(i, grid, sizes)
+            grid = make_grid(x, height, width, sizes, self.size.reductions[i], self.size.linear)
+            x = self.enter(i, x, grid, sizes)
             for block in getattr(self, f"block{i + 1}"):
                 x = block(x, grid)
-            x = end(x, grid)
+            x = end(self.leave(i, x), grid)
             maps.append(x)
         return maps
+
+
+class PyramidVisionTransformer(Pyramid):
+    """PVT v1; returns the map of each stage: a list of ``[B, channels[i], H / strides[i], W / strides[i]]``, rounded
+    down at each stage.
+
+    The last position embedding begins with the class token's, as published, which detection does not use. ``norm``
+    and ``dilation`` are what every family is asked for, and have to stay as they are.
+    """
+    classifier = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")
+    smallest = 32
+
+    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False, in_channels: int = 3,
+                 drop_path_rate: float | None = None) -> None:
+        super().__init__()
+        refuse(name, norm, dilation)
+        self.size = size = SIZES[name]
+        self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
+        self.stages = [(f"patch_embed{i}.", f"pos_embed{i}", f"block{i}.") for i in (1, 2, 3, 4)]
+        rates = decay(size.drop_path if drop_path_rate is None else drop_path_rate, size.depths)
+        for i, (dim, ratio, side) in enumerate(zip(size.channels, size.ratios, PRETRAINED)):
+            patch = 2 if i else 4
+            embedding = torch.empty(1, side * side + (i == 3), dim)
+            setattr(self, f"pos_embed{i + 1}", nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02)))
+            setattr(self, f"patch_embed{i + 1}",
+                    PatchEmbedding(size.channels[i - 1] if i else in_channels, dim, patch, patch))
+            setattr(self, f"block{i + 1}", nn.ModuleList(
+                Block(dim, attention_of(size, i), Mlp(dim, ratio * dim), rate) for rate in rates[i]))
+        for module in self.modules():                           # convolutions keep PyTorch's, as published
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def enter(self, stage: int, x: Tensor, grid: Grid, sizes: Sequence[Extent] | None) -> Tensor:
+        return x + self.positions(stage, grid, sizes)
 
     def positions(self, stage: int, grid: Grid, sizes: Sequence[Extent] | None) -> Tensor:
         """The position embedding ``[1 or B, S, D]`` of a stage, interpolated to the map or, exactly, to each image's
@@ -354,25 +380,25 @@ class PyramidVisionTransformer(nn.Module):
         return to_tokens(torch.cat([F.pad(resized[h, w], (0, grid.width - w, 0, grid.height - h)) for h, w in extents]))
 
 
-class PyramidVisionTransformerV2(nn.Module):
+class PyramidVisionTransformerV2(Pyramid):
     """PVT v2; returns the map of each stage: a list of ``[B, channels[i], H / strides[i], W / strides[i]]``, rounded up.
 
     ``norm`` and ``dilation`` are what every family is asked for, and have to stay as they are.
     """
-    frozen_prefixes = ("patch_embed1.", "block1.", "norm1.")                # the stem and the first stage
-    classifier = ("head.weight", "head.bias")                               # in classification files only
+    classifier = ("head.weight", "head.bias")
 
-    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False,
+    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False, in_channels: int = 3,
                  drop_path_rate: float | None = None) -> None:
         super().__init__()
         refuse(name, norm, dilation)
         self.size = size = SIZES_V2[name]
-        self.smallest = 1 if size.linear else 29                # pixels a side; the reductions need a token
+        self.smallest = 1 if size.linear else 29
         self.channels, self.strides = list(size.channels), [4, 8, 16, 32]
+        self.stages = [(f"patch_embed{i}.", f"block{i}.", f"norm{i}.") for i in (1, 2, 3, 4)]
         rates = decay(size.drop_path if drop_path_rate is None else drop_path_rate, size.depths)
         for i, (dim, ratio) in enumerate(zip(size.channels, size.ratios)):
-            patches = PatchEmbedding(size.channels[i - 1], dim, 3, 2, pad=1) if i else PatchEmbedding(3, dim, 7, 4, pad=3)
-            setattr(self, f"patch_embed{i + 1}", patches)
+            setattr(self, f"patch_embed{i + 1}", PatchEmbedding(size.channels[i - 1], dim, 3, 2, pad=1) if i else
+                    PatchEmbedding(in_channels, dim, 7, 4, pad=3))
             setattr(self, f"block{i + 1}", nn.ModuleList(
                 Block(dim, attention_of(size, i), ConvolutionalMlp(dim, ratio * dim, size.linear), rate)
                 for rate in rates[i]))
@@ -386,24 +412,5 @@ class PyramidVisionTransformerV2(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)                                                 # type: ignore[arg-type]
 
-    def extents(self, size: Extent) -> list[Extent]:
-        """(height, width) of each map of an image of ``size``."""
-        return extents_of(self, size)
-
-    def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
-        """``images [B, 3, H, W]`` -> the map of each stage. Without ``sizes`` the published computation, which takes
-        padding for a part of the image.
-
-        ``sizes`` are (height, width) of the images in the batch, whatever lies outside: each image's maps are then those
-        of the image alone inside ``extents(size)``, and zero outside. ValueError for sides below ``smallest``.
-        """
-        x, sizes = begin(images, sizes, self.smallest)
-        maps = []
-        for i, reduction in enumerate(self.size.reductions):
-            x, height, width, sizes = getattr(self, f"patch_embed{i + 1}")(x, sizes)
-            grid = make_grid(x, height, width, sizes, reduction, self.size.linear)
-            for block in getattr(self, f"block{i + 1}"):
-                x = block(x, grid)
-            x = end(getattr(self, f"norm{i + 1}")(x), grid)
-            maps.append(x)
-        return maps
+    def leave(self, stage: int, x: Tensor) -> Tensor:
+        return getattr(self, f"norm{stage + 1}")(x)

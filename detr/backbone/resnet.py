@@ -2,15 +2,23 @@
 
 Sizes: 18 and 34 from basic blocks, 50 and 101 from bottlenecks whose stride sits in the 3x3 convolution, and small ones
 (``resnet_tiny``) that learn from random weights on a CPU.
+
+Exact in padded batches when it is told the images' sizes (see ``detr.padding``): what a 3x3 convolution or the pooling
+reads is set to zero outside the images first; 1x1 convolutions look at nothing else.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import padding
+from ..padding import Size as Extent
+from ..padding import Where, normalised, through, where, zeroed
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -58,9 +66,10 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(planes)
         self.downsample = shortcut(inplanes, planes, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+    def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
+        """``x``, with the images ``before`` the stride and ``after`` it."""
+        out = F.relu(normalised(self.bn1, self.conv1(zeroed(x, before)), after))
+        return F.relu(normalised(self.bn2, self.conv2(zeroed(out, after)), after) + self.downsample(x, after))
 
 
 class Bottleneck(nn.Module):
@@ -77,17 +86,37 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(4 * planes)
         self.downsample = shortcut(inplanes, 4 * planes, stride, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+    def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
+        """``x``, with the images ``before`` the stride and ``after`` it."""
+        out = F.relu(normalised(self.bn1, self.conv1(x), before))
+        out = F.relu(normalised(self.bn2, self.conv2(zeroed(out, before)), after))
+        return F.relu(normalised(self.bn3, self.conv3(out), after) + self.downsample(x, after))
 
 
-def shortcut(inplanes: int, planes: int, stride: int, norm: Norm) -> nn.Module:
-    """The identity, or a 1x1 convolution where size or width changes."""
+class Shortcut(nn.Sequential):
+    """A 1x1 convolution and its normalisation, or nothing: the identity."""
+
+    def forward(self, x: Tensor, after: Where | None) -> Tensor:                            # type: ignore[override]
+        for layer in self:
+            x = normalised(layer, x, after)
+        return x
+
+
+def shortcut(inplanes: int, planes: int, stride: int, norm: Norm) -> Shortcut:
+    """What stands beside a block: a convolution where size or width changes."""
     if stride == 1 and inplanes == planes:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm(planes))
+        return Shortcut()
+    return Shortcut(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm(planes))
+
+
+class Stage(nn.Sequential):
+    """Blocks; the first one has the stride."""
+
+    def forward(self, x: Tensor, before: Where | None = None, after: Where | None = None) -> Tensor:  # type: ignore[override]
+        for block in self:
+            x = block(x, before, after)
+            before = after
+        return x
 
 
 @dataclass(frozen=True)
@@ -114,20 +143,22 @@ class ResNet(nn.Module):
     ``dilation`` gives the last stage the resolution of the one before (DC5; Carion et al., 2020, section 4): stride 1,
     its first block undilated and the others dilated by 2.
     """
+    exact, first_layer = True, "conv1.weight"
+    classifier: tuple[str, ...] = ("fc.weight", "fc.bias")
 
-    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False) -> None:
+    def __init__(self, name: str, norm: str = "frozen", dilation: bool = False, in_channels: int = 3) -> None:
         super().__init__()
         size = SIZES[name]
         if dilation and size.block is BasicBlock:
             raise ValueError(f"--dilation needs bottleneck blocks, which {name} does not have: "
                              f"use --backbone resnet50 or resnet101")
         make_norm = NORMS[norm]
-        self.conv1 = nn.Conv2d(3, size.width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, size.width, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(size.width)
-        self.stages = [f"layer{i + 1}" for i in range(len(size.depths))]
-        self.channels, self.strides = [], []
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.channels, self.strides, self.stages = [], [], []
         inplanes, stride_so_far = size.width, 4
-        for i, (stage, depth) in enumerate(zip(self.stages, size.depths)):
+        for i, depth in enumerate(size.depths):
             planes = size.width * 2 ** i
             dilated = dilation and i == len(size.depths) - 1
             stride = 1 if i == 0 or dilated else 2
@@ -135,22 +166,53 @@ class ResNet(nn.Module):
             for j in range(depth):
                 blocks.append(size.block(inplanes, planes, 1 if j else stride, 2 if dilated and j else 1, make_norm))
                 inplanes = planes * size.block.expansion
-            setattr(self, stage, nn.Sequential(*blocks))
+            setattr(self, f"layer{i + 1}", Stage(*blocks))
             stride_so_far *= stride
             self.channels.append(inplanes)
             self.strides.append(stride_so_far)
+            self.stages.append((f"layer{i + 1}.",) if i else ("conv1.", "bn1.", "layer1."))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def keep(self, maps: int) -> None:
+        """Drop the stages after the first ``maps``; files have them all the same."""
+        self.classifier = (*self.classifier, *(prefix for stage in self.stages[maps:] for prefix in stage))
+        for i in range(maps, len(self.stages)):
+            delattr(self, f"layer{i + 1}")
+        del self.channels[maps:], self.strides[maps:], self.stages[maps:]
+
+    def strided(self, i: int) -> nn.Conv2d:
+        """The convolution that decides the size of stage ``i``'s map; the 1x1 convolution beside it comes to the same."""
+        block = getattr(self, f"layer{i + 1}")[0]
+        return block.conv1 if isinstance(block, BasicBlock) else block.conv2
+
+    def extents(self, size: Extent) -> list[Extent]:
+        """(height, width) of each map of an image of ``size``."""
+        layers: list[Any] = [self.conv1, self.maxpool, *map(self.strided, range(len(self.stages)))]
+        sizes = [size]
+        for layer in layers:
+            sizes += padding.layer_sizes(layer, sizes[-1:])
+        return sizes[3:]
+
+    def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
+        """``images [B, C, H, W]`` -> the map of each stage. Without ``sizes`` the published computation, which takes
+        padding for a part of the image.
+
+        ``sizes`` are (height, width) of the images in the batch: each image's maps are then those of the image alone
+        inside ``extents(size)``, and arbitrary, but finite, outside.
+        """
         # Channels last is what convolutions are fastest with, but for float32 on CPUs. There it is no faster, and rounds
         # otherwise than the published runs: after ten training steps gradients differ by 1e-3 instead of 4e-5.
         if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             images = images.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        at = where(images, None if sizes is None else padding.check_sizes(images, sizes))
+        x, at = self.conv1(zeroed(images, at)), through(self.conv1, at)
+        x = F.relu(normalised(self.bn1, x, at))
+        x, at = self.maxpool(zeroed(x, at)), through(self.maxpool, at)          # after a ReLU, zero is as good as -inf
         maps = []
-        for stage in self.stages:
-            x = getattr(self, stage)(x)
+        for i in range(len(self.stages)):
+            after = through(self.strided(i), at)
+            x, at = getattr(self, f"layer{i + 1}")(x, at, after), after
             maps.append(x)
         return maps

@@ -1,0 +1,42 @@
+"""One training step through every family of timm's, as DETR and as Deformable DETR."""
+import pytest
+import torch
+from small_models import NUM_CLASSES, images, targets
+from test_timm import FAMILIES
+
+from detr import build_model
+from detr.backbone import backbone_of
+
+SMALL = {"nheads": 4, "dim_feedforward": 48, "enc_layers": 1, "dec_layers": 1, "num_queries": 7, "dropout": 0.0,
+         "frozen_stages": 0, "lr_backbone": 1e-3}
+
+
+def test_thirty_families():
+    assert len(set(FAMILIES)) >= 30
+
+
+@pytest.mark.parametrize("architecture, width", [("detr_resnet50", 32), ("deformable_detr_resnet50", 64)],
+                         ids=["detr", "deformable"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_training_step(family, architecture, width):
+    """Finite losses, a gradient for every parameter that trains, and parameters that change: stem, backbone, heads."""
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(architecture, num_classes=NUM_CLASSES, backbone=f"timm/{family}",
+                                      padding="exact", hidden_dim=width, **SMALL)
+    model.train()
+    body = backbone_of(model).body
+    size = body.only if getattr(body, "only", None) else (64, 96)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    outputs = model(images(size, size))
+    losses = criterion(outputs, targets(2, 3))
+    loss = criterion.weighted_sum(losses)
+    loss.backward()
+    assert loss.isfinite() and {"loss_ce", "loss_bbox", "loss_giou"} <= losses.keys()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, without
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    for part in ("backbone.0.body", "class_embed", "bbox_embed"):
+        assert any(name.startswith(part) for name in changed), part
+    assert len([name for name in changed if "body" in name]) > 0.5 * len([name for name in before if "body" in name])

@@ -133,9 +133,10 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
     model.train()
     criterion.train()
     progress = progress or Progress(f"epoch {epoch}")
-    batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr"))
+    batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr", "padded"))
     for step, (samples, targets) in enumerate(batches):
         ids, where = image_ids(targets), f"epoch {epoch}, step {step}"
+        padded = samples.padded_share
         samples, targets = to_device(samples, targets, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
             outputs = model(samples)
@@ -157,7 +158,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
         schedule.step()
         if after_step is not None:
             after_step()
-        progress.update({**values, "grad_norm": norm, "lr": lr}, len(targets))
+        progress.update({**values, "grad_norm": norm, "lr": lr, "padded": padded}, len(targets))
     return progress.averages()
 
 
@@ -173,8 +174,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
     model.eval()
     criterion.eval()
     progress = progress or Progress("evaluation")
-    for step, (samples, targets) in enumerate(progress.over(loader, length, ("loss", "class_error"))):
+    for step, (samples, targets) in enumerate(progress.over(loader, length, ("loss", "class_error", "padded"))):
         ids, where = image_ids(targets), f"{progress.title}, step {step}"
+        padded = samples.padded_share
         samples, targets = to_device(samples, targets, device)
         outputs = model(samples)
         try:
@@ -189,7 +191,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
                        for image_id, detection in zip(ids, detections)}
         for evaluator in evaluators:
             evaluator.update(predictions)
-        progress.update(values, len(targets))
+        progress.update({**values, "padded": padded}, len(targets))
     results: dict[str, Any] = progress.averages_over_processes()
     for evaluator in evaluators:
         results |= evaluator.summarize()

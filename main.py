@@ -17,16 +17,25 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from datasets import build_dataset, build_evaluators, collate
-from datasets.sampler import EvaluationShard, TrainingSampler
+from datasets.drawn import Drawn
+from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler
 from datasets.synthetic import synthetic_data
-from datasets.transforms import Preprocessing, eval_transforms, make_transforms
+from datasets.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    eval_transforms,
+    make_transforms,
+    normalisation,
+    resized,
+)
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
-from detr.backbone import IMAGENET_URLS, body_of, has_statistics
+from detr.backbone import backbone_of, body_of, has_pretrained, has_statistics, pretrained, statistics
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
@@ -40,8 +49,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("run", RunConfig, None),
     ("data", DataConfig, None),
     ("training", TrainConfig, None),
-    ("backbone", DETRConfig, ("backbone", "dilation", "backbone_norm", "from_scratch", "lr_backbone",
-                              "position_embedding")),
+    ("backbone", DETRConfig, ("backbone", "dilation", "backbone_norm", "from_scratch", "frozen_stages", "in_channels",
+                              "feature_strides", "padding", "lr_backbone", "position_embedding")),
     ("transformer", DETRConfig, ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads",
                                  "num_queries", "pre_norm")),
     ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef")),
@@ -153,7 +162,7 @@ def settle(args: argparse.Namespace) -> Settings:
 
 def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
     rows = (resumed or {}).get("categories")
-    return rows and [Category(row["label"], row["id"], row["name"]) for row in rows]
+    return rows and [Category(**row) for row in rows]
 
 
 def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
@@ -200,6 +209,9 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
                          "build_model('detr_resnet50_panoptic') gives the model")
     if data.remove_difficult:
         raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
+    if data.coco_path is None and model.in_channels not in (1, 3):
+        raise ValueError(f"--in_channels {model.in_channels}: the synthetic data are pictures; name data with so many "
+                         f"channels with --coco_path")
     refuse_drops(settings.train, typed)
     refuse_other_optimizer(settings)
     for flag, useless, why in without_effect(settings):
@@ -216,14 +228,17 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
     if model.from_scratch and model.lr_backbone <= 0:
         raise ValueError("--from_scratch with --lr_backbone 0 would freeze a random backbone; "
                          "give it a learning rate, such as that of --lr")
-    if model.from_scratch and run.backbone_weights:
-        raise ValueError("--from_scratch and --backbone_weights contradict each other; choose one")
+    for flag in ("backbone_weights", "pretrained_backbone"):
+        if getattr(run, flag) and model.from_scratch:
+            raise ValueError(f"--from_scratch and --{flag} contradict each other; choose one")
+        if getattr(run, flag) and (run.eval or run.resume):
+            raise ValueError(f"--{flag} begins a training; --eval and --resume take all weights from the checkpoint, so "
+                             f"leave it out")
+    if run.backbone_weights and run.pretrained_backbone:
+        raise ValueError("--backbone_weights and --pretrained_backbone contradict each other; choose one")
     if getattr(model, "with_box_refine", False) and not model.aux_loss and not run.eval:
         raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
                          "though each layer refines the boxes of the one before: leave --no_aux_loss out")
-    if (run.eval or run.resume) and run.backbone_weights:
-        raise ValueError("--backbone_weights begins a training; --eval and --resume take all weights from the "
-                         "checkpoint, so leave it out")
 
 
 def refuse_drops(train: TrainConfig, typed: dict[str, Any]) -> None:
@@ -260,6 +275,12 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
             ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
             ("lr_drop_epochs", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
+            ("least_scale", exact, "where --image_size is exact"),
+            ("least_scale", not data.multi_scale, "with --no_multi_scale"),
+            *[(flag, exact, "where --image_size is exact: nothing is padded")
+              for flag in ("bucket_train", "bucket_eval")],
+            ("frozen_stages", settings.model.from_scratch, "with --from_scratch, which trains the whole backbone"),
+            ("frozen_stages", run.eval, "with --eval"), ("bucket_train", run.eval, "with --eval"),
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
               for flag in ("position_embedding", "position_embedding_scale")],
@@ -317,20 +338,31 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
         norm = f"{settings.model.backbone_norm} norm and " if has_statistics(backbone) else ""
         say(f"weights: random; the whole backbone trains, with {norm}learning rate {settings.model.lr_backbone:g}")
     else:
-        source = run.backbone_weights or IMAGENET_URLS.get(backbone)
-        norm = "--backbone_norm group " if has_statistics(backbone) else ""
+        norm = "" if not has_statistics(backbone) else \
+            "--backbone_norm batch " if backbone.startswith("timm/") else "--backbone_norm group "
         scratch = f"to train the backbone from random weights, add --from_scratch {norm}--lr_backbone LR"
-        if source is None:
-            raise ValueError(f"no ImageNet weights are known for --backbone {backbone}: name a file with "
-                             f"--backbone_weights FILE; {scratch}")
-        say(f"backbone weights: {source}")
+        if not (run.backbone_weights or run.pretrained_backbone or has_pretrained(backbone)):
+            fetch = ", or fetch timm's with --pretrained_backbone" if backbone.startswith("timm/") else ""
+            raise ValueError(f"--backbone {backbone} has no weights that are fetched unasked: name a file with "
+                             f"--backbone_weights FILE{fetch}; {scratch}")
         try:
-            weights = checkpoint.load(source)["model"]
+            weights, source = pretrained(backbone) if run.backbone_weights is None else \
+                (checkpoint.load(run.backbone_weights)["model"], run.backbone_weights)
         except OSError as error:
             raise type(error)(f"{error}. Training {settings.name} starts from ImageNet weights of {backbone}: name a "
                               f"file with --backbone_weights FILE; or, {scratch}") from None
+        say(f"backbone weights: {source}; {fixed(settings.model)}")
         checkpoint.load_backbone(body_of(model), weights, source)
     return model, criterion, postprocessors
+
+
+def fixed(model: ModelConfig) -> str:
+    """What of a pretrained backbone does not train, in words."""
+    if model.lr_backbone <= 0:
+        return "all of it stays fixed (--lr_backbone 0)"
+    if not model.frozen_stages:
+        return "all of it trains"
+    return f"its stem and the first {model.frozen_stages} of its stages stay fixed (--frozen_stages)"
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -416,7 +448,8 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     train, data = settings.train, settings.data
     world = distributed.world_size()
     missing = " (no cuda found)" if device.type != "cuda" and settings.run.device == "cuda" else ""
-    say(f"model: {settings.name}; data: {data.coco_path or 'synthetic'}; device: {device}{missing}; "
+    say(f"model: {settings.name}; padding: {settings.model.padding}; data: {data.coco_path or 'synthetic'}; "
+        f"device: {device}{missing}; "
         f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
         f"{train.batch_size * world}")
     if settings.note:
@@ -426,13 +459,15 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     distributed.barrier()
     coco_path = data.coco_path or synthetic_data()
     size = config.parse_size(data.image_size)
-    preprocessing = Preprocessing(size, data.max_size)
+    channels = settings.model.in_channels
+    mean, std = normalisation(*(statistics(settings.model.backbone) or (IMAGENET_MEAN, IMAGENET_STD)), channels)
+    preprocessing = Preprocessing(size, data.max_size, mean, std)
 
     def dataset(split: str, categories: list[Category] | None) -> Any:
         transforms = make_transforms(split, preprocessing, scales=None if data.multi_scale else (size,),
-                                     crop=data.random_crop)
+                                     least_scale=data.least_scale, crop=data.random_crop)
         return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories,
-                             cache_mode=data.cache_mode and not settings.run.eval)
+                             cache_mode=data.cache_mode and not settings.run.eval, channels=channels)
 
     training = None if settings.run.eval else dataset("train", settings.categories)
     validation = dataset("val", training.categories if training else settings.categories)
@@ -441,7 +476,11 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     model, criterion = model.to(device), criterion.to(device)
     if paths := {choose_path(device, module.path) for module in model.modules() if isinstance(module, MSDeformAttn)}:
         say(f"deformable attention: the {' and the '.join(sorted(paths))} path")
-    judge = Judge(validation, criterion, postprocessors, settings, device)
+    inexact = backbone_of(model).inexact
+    if inexact:
+        say(f"--padding exact is not possible with {settings.model.backbone}: {inexact}. Evaluation batches images of "
+            f"equal size alone; in training, padding takes part")
+    judge = Judge(validation, criterion, postprocessors, settings, preprocessing, bool(inexact), device)
     folder = output_folder(settings)
     if training is None:
         results = judge(model, "evaluation")
@@ -456,11 +495,18 @@ class Judge:
     """Evaluates a model on the validation data, each image once over all processes."""
 
     def __init__(self, validation: Any, criterion: nn.Module, postprocessors: dict, settings: Settings,
-                 device: torch.device) -> None:
+                 preprocessing: Preprocessing, equal: bool, device: torch.device) -> None:
+        """``equal``: no batch may have padding in it."""
         self.validation, self.criterion, self.postprocessors = validation, criterion, postprocessors
         self.device, self.print_every = device, settings.run.print_every
-        shard = EvaluationShard(len(validation), distributed.rank(), distributed.world_size())
-        self.loader = data_loader(validation, shard, settings, device)
+        process = distributed.rank(), distributed.world_size()
+        if settings.data.bucket_eval or equal:
+            sizes = [resized(h, w, preprocessing.size, preprocessing.max_size) for h, w in validation.sizes.tolist()]
+            batches: Any = EvaluationBatches(sizes, settings.train.batch_size, *process, equal=equal)
+        else:
+            shard = EvaluationShard(len(validation), *process)
+            batches = BatchSampler(shard, settings.train.batch_size, drop_last=False)
+        self.loader = data_loader(validation, batches, settings, device)
 
     def __call__(self, model: nn.Module, title: str) -> dict[str, Any]:
         self.evaluators = build_evaluators(self.validation)
@@ -479,13 +525,12 @@ class Judge:
         os.replace(curves.with_suffix(".unfinished"), curves)
 
 
-def data_loader(dataset: Any, sampler: Any, settings: Settings, device: torch.device,
+def data_loader(dataset: Any, batches: Any, settings: Settings, device: torch.device,
                 training: bool = False) -> DataLoader:
     """Batches. Workers of a training are started anew each epoch, with randomness of that epoch."""
     workers = settings.run.num_workers
-    return DataLoader(dataset, settings.train.batch_size, sampler=sampler, drop_last=training, collate_fn=collate,
-                      num_workers=workers, persistent_workers=workers > 0 and not training,
-                      pin_memory=device.type == "cuda")
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      persistent_workers=workers > 0 and not training, pin_memory=device.type == "cuda")
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -497,8 +542,14 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
         preprocessing: Preprocessing, folder: Path, device: torch.device) -> dict[str, Any]:
     """Train epoch by epoch; after each, evaluate, log and save."""
     train = settings.train
-    sampler = TrainingSampler(len(training), distributed.rank(), distributed.world_size(), train.seed)
-    loader = data_loader(training, sampler, settings, device, training=True)
+    process = distributed.rank(), distributed.world_size()
+    if settings.data.bucket_train:
+        sampler: Any = TrainingBatches(training.sizes, training.transforms, train.batch_size, *process, train.seed)
+        loader = data_loader(Drawn(training), sampler, settings, device, training=True)
+    else:
+        sampler = TrainingSampler(len(training), *process, train.seed)
+        loader = data_loader(training, BatchSampler(sampler, train.batch_size, drop_last=True), settings, device,
+                             training=True)
     if len(loader) == 0:
         raise ValueError(f"--batch_size {train.batch_size} on {distributed.world_size()} processes needs more than the "
                          f"{len(training)} training images; lower it")

@@ -79,7 +79,7 @@ def test_steps_and_averages():
     first, second = (1 + 2) / 2, 3 * (0.9 + 1.9) / 2
     assert averages == pytest.approx({"loss_y": first + second, "images": 1.5, "loss": first + second,
                                       "loss_y_unscaled": (first + second) / 2, "images_unscaled": 1.5,
-                                      "grad_norm": (math.sqrt(2) + math.sqrt(18)) / 2, "lr": 0.075})
+                                      "grad_norm": (math.sqrt(2) + math.sqrt(18)) / 2, "lr": 0.075, "padded": 0.0})
     assert all(type(value) is float for value in averages.values())
 
 
@@ -181,7 +181,7 @@ def test_evaluation():
     batches = [batch(1, 2), batch(5, value=3.0)]
     results = evaluate(model, criterion, {"bbox": PostProcess()}, batches, 2, evaluators, CPU)
     assert results == {"loss_y": 6.0, "images": 1.5, "loss": 6.0, "loss_y_unscaled": 3.0, "images_unscaled": 1.5,
-                       "ap": 0.5, "pq": [1, 2]}
+                       "padded": 0.0, "ap": 0.5, "pq": [1, 2]}
     for evaluator in evaluators:                                                # each image once, under its own id
         assert [list(predictions) for predictions in evaluator.seen] == [[1, 2], [5]]
         assert all(type(i) is int for predictions in evaluator.seen for i in predictions)

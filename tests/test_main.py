@@ -52,11 +52,13 @@ ORIGINAL = [
 NEW = [
     ("model", str, None),
     ("backbone_norm", str, "frozen"), ("from_scratch", bool, False), ("backbone_weights", str, None),
+    ("frozen_stages", int, 1), ("in_channels", int, 3), ("feature_strides", tuple[int, ...], None),
+    ("padding", str, "legacy"), ("pretrained_backbone", bool, False),
     ("sgd", bool, False), ("lr_drop_epochs", tuple[int, ...], None),
     ("lr_schedule", str, "step"), ("warmup_steps", int, 0), ("ema_decay", float, 0.0), ("amp", str, "off"),
     ("eval_every", int, 1),
     ("image_size", str, "800"), ("max_size", int, 1333), ("multi_scale", bool, True), ("random_crop", bool, True),
-    ("cache_mode", bool, False),
+    ("least_scale", float, 0.6), ("bucket_train", bool, False), ("bucket_eval", bool, True), ("cache_mode", bool, False),
     ("cls_loss_coef", float, 2), ("focal_alpha", float, 0.25),
     ("with_box_refine", bool, False), ("two_stage", bool, False), ("query_content", str, "position"),
     ("num_feature_levels", int, 4),
@@ -667,7 +669,7 @@ def test_published_preset_without_network(data, tmp_path, monkeypatch, capsys):
                       "Training detr_resnet50 starts from ImageNet weights", "--backbone_weights FILE",
                       "--from_scratch --backbone_norm group --lr_backbone LR"):
             assert words in str(error.value)
-    assert f"backbone weights: https://download.pytorch.org/models/{backbone}" in capsys.readouterr().out
+    assert f"downloading https://download.pytorch.org/models/{backbone}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no ImageNet weights are known for --backbone resnet_tiny: name a file with "
                                          "--backbone_weights FILE; to train the backbone from random weights, add"):
@@ -705,8 +707,8 @@ def test_backbone_weights(data, tmp_path):
 
 def test_training_says_what_it_does(trained, data):
     first = trained.text.splitlines()[0]
-    assert first == (f"model: tiny_detr; data: {data}; device: cpu; images per process x processes x accumulation = "
-                     f"4 x 1 x 1 = 4")
+    assert first == (f"model: tiny_detr; padding: exact; data: {data}; device: cpu; images per process x processes x "
+                     f"accumulation = 4 x 1 x 1 = 4")
     for words in ("16 images (3 without objects, kept), 20 objects of 2 classes", "7 images (1 without objects, kept)",
                   "weights: random; the whole backbone trains", "epochs 0 to 11 of 4 steps", "epoch 11 4/4  loss ",
                   "images/s", "left", "Average Precision  (AP) @[ IoU=0.50:0.95", "red", "blue", "trained for",
@@ -816,7 +818,7 @@ def test_default_data_and_model(monkeypatch, tmp_path):
     few = SMALL.replace("--model tiny_detr ", "") + "--epochs 1 --amp bf16"
     for folder in ("outputs/tiny_deformable_detr", "outputs/tiny_deformable_detr-2"):
         _, text = run(few)
-        assert text.startswith("model: tiny_deformable_detr; data: synthetic")
+        assert text.startswith("model: tiny_deformable_detr; padding: exact; data: synthetic")
         assert "deformable attention: the cpu path\n" in text
         assert len(log(tmp_path / folder)) == 1
     state = checkpoint.load("outputs/tiny_deformable_detr/checkpoint.pth")

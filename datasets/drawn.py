@@ -1,0 +1,108 @@
+"""What chance will do to a training image, known before the image is read."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.random import fork_rng
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from datasets.images import height_width
+from datasets.transforms import ToTensor
+from detr.structures import Target
+
+Size = tuple[int, int]                      # (height, width)
+
+
+class Draw(NamedTuple):
+    """An image, by its index in the data set, and the seed of everything that its transforms draw."""
+    image: int
+    seed: int                               # 0..2**32 - 1, which is all that torch's generator for CPUs takes
+
+
+class Drawn(Dataset):
+    """``dataset`` by ``Draw`` in place of an index: what transforms draw follows from the draw's seed alone, in whichever
+    process they run. Nobody else's randomness changes: torch's global generator is left as it was."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        with fork_rng(devices=[]):
+            _seed(draw.seed)
+            return self.dataset[draw.image]
+
+
+def drawn_sizes(transforms: v2.Compose, sizes: Sequence[Size], seeds: Sequence[int]) -> list[Size]:
+    """(height, width) that ``transforms`` make of images of these ``sizes``, each with the seed of its ``Draw``.
+
+    The steps before ``ToTensor`` are run on pictures without pixels; those behind it must keep the size, as all in
+    ``datasets.transforms`` do. Raises ValueError where there is no ``ToTensor``, and TypeError where a step before it
+    reads pixels.
+    """
+    steps: list[Any] = list(takewhile(lambda step: not isinstance(step, ToTensor), transforms.transforms))
+    if len(steps) == len(transforms.transforms):
+        raise ValueError(f"the training transforms {transforms} have no ToTensor, up to which --bucket_train runs them "
+                         f"to know the sizes of images; make them with datasets.transforms, or leave --bucket_train out")
+    drawn = []
+    with fork_rng(devices=[]):
+        for (height, width), seed in zip(sizes, seeds):
+            _seed(seed)
+            image: Any = SizeOnly(height, width)
+            target: Target = {}
+            for step in steps:
+                image, target = step(image, target)
+            drawn.append(height_width(image))
+    return drawn
+
+
+class SizeOnly(Image.Image):
+    """A picture without pixels: to flip, crop or resize it costs next to nothing, and gives the size that it gives of
+    any picture."""
+
+    def __init__(self, height: int, width: int) -> None:                # without Pillow's, which is about pixels
+        self._height_width = height, width
+
+    @property
+    def height(self) -> int:
+        return self._height_width[0]
+
+    @property
+    def width(self) -> int:
+        return self._height_width[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def mode(self) -> str:
+        return "RGB"
+
+    def load(self) -> Any:
+        """What Pillow calls before it reads pixels."""
+        raise TypeError("a step of the training transforms reads pixels before ToTensor, where --bucket_train runs them "
+                        "on sizes alone; put it behind ToTensor, or leave --bucket_train out")
+
+    def transpose(self, method: Image.Transpose) -> SizeOnly:
+        upright = method in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
+        return self if upright else SizeOnly(self.width, self.height)
+
+    def resize(self, size: Any, *args: Any, **kwargs: Any) -> SizeOnly:
+        width, height = size
+        return SizeOnly(height, width)
+
+    def crop(self, box: Any = None) -> SizeOnly:
+        left, top, right, bottom = box
+        return SizeOnly(bottom - top, right - left)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)           # torch.manual_seed would seed those of GPUs, too

@@ -74,8 +74,8 @@ class TrainingBatches(Sampler[list[Draw]]):
         _check_batch_size(batch_size)
         self.sizes = _checked(sizes)
         if len(self.sizes) < world_size * batch_size:
-            raise ValueError(f"--batch_size {batch_size} on {world_size} processes needs more than the "
-                             f"{len(self.sizes)} training images; lower it")
+            raise ValueError(f"--batch_size {batch_size} on {world_size} processes needs {world_size * batch_size} "
+                             f"training images, and there are {len(self.sizes)}; lower it")
         self.transforms = transforms
         self.batch_size = batch_size
         self.rank = rank

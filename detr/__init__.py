@@ -9,6 +9,7 @@ Shape letters, everywhere: ``B`` images, ``Q`` queries, ``S`` tokens of a featur
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def build_model(
     exist, naming the nearest that does.
     """
     from . import checkpoint, config
-    from .backbone import body_of
+    from .backbone import backbone_of, body_of, fitting_norm
     from .backbone import pretrained as pretrained_weights
     from .presets import ARCHITECTURES, PRESETS
 
@@ -61,8 +62,14 @@ def build_model(
     wanted = {name: value for name, value in flags.items()
               if hasattr(preset.model, name) or name not in defaults or value != defaults[name]}
     own, _ = config.divide(wanted, preset.model)
-    settings = config.replace(preset.model, own)
+    if own.get("frozen_stages") and {**dataclasses.asdict(preset.model), **own}["from_scratch"]:
+        raise ValueError(f"frozen_stages={own['frozen_stages']} and from_scratch=True, which trains the whole backbone, "
+                         f"contradict each other; choose one")
+    settings = fitting_norm(config.replace(preset.model, own), own)
     built, criterion, postprocessors = settings.build(num_classes)
+    if inexact := backbone_of(built).inexact:
+        warnings.warn(f"padding='exact' is not possible with {settings.backbone}: {inexact}; padding takes part in its "
+                      f"maps, so evaluate images of equal sizes together", stacklevel=2)
     if pretrained:
         if preset.page is not None:
             raise ValueError(f"the published weights of {model} are served to browsers alone: save {preset.page} as a "

@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from . import distributed
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]*$")                                    # detr-r50-e632da11.pth
 SCALARS = (type(None), bool, int, float, str)
+AVERAGES = ("state_dict_ema", "model_ema")      # names of training programs for the average of the weights over steps,
+WEIGHTS = (*AVERAGES, "model", "state_dict")    # and for the weights; the first that a file has is taken
 
 
 def _check_readable(value: Any, where: str) -> None:
@@ -152,8 +154,10 @@ def load(path_or_url: str | Path, map_location: str | torch.device = "cpu") -> d
 
     Never runs code from the file: besides tensors, plain containers, strings and numbers only argparse.Namespace and
     NumPy's scalars are admitted. A file that is a bare state_dict, as one named ``.safetensors`` always is, comes back
-    as ``{"model": state_dict}``. Raises FileNotFoundError, IsADirectoryError, OSError (no network), ImportError (no
-    package safetensors), or ValueError (damaged, holding code, no checkpoint).
+    as ``{"model": state_dict}``. Of training programs' files the weights may be under ``state_dict``; where a file has an
+    average of them, too (``state_dict_ema``, ``model_ema``), the average is taken. The prefix ``module.`` of
+    DistributedDataParallel is taken off. Both are said. Raises FileNotFoundError, IsADirectoryError, OSError (no
+    network), ImportError (no package safetensors), or ValueError (damaged, holding code, no checkpoint).
     """
     source = str(path_or_url)
     file = fetch(source) if source.startswith(("http://", "https://")) else Path(path_or_url)
@@ -169,11 +173,26 @@ def load(path_or_url: str | Path, map_location: str | torch.device = "cpu") -> d
         raise ValueError(f"{source} holds a {type(content).__name__}, not a dict with an entry 'model'; save "
                          f"{{'model': model.state_dict()}}")
     if content and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        return {"model": content}
-    if not isinstance(content.get("model"), dict):
+        return {"model": _unwrapped(content, source)}
+    there = [entry for entry in WEIGHTS if isinstance(content.get(entry), dict)]
+    there = [entry for entry in there if any(isinstance(x, Tensor) for x in content[entry].values())] or there
+    if not there:
         has = ", ".join(map(str, content)) or "nothing"
-        raise ValueError(f"{source} has no weights under 'model' (it has: {has}); it is not a checkpoint of a model")
-    return content
+        raise ValueError(f"{source} has no weights under 'model' (it has: {has}), nor under state_dict, state_dict_ema "
+                         f"or model_ema; it is not a checkpoint of a model")
+    chosen, others = there[0], there[1:]
+    if chosen in AVERAGES and others:
+        distributed.say(f"{source}: took the average of the weights over training, {chosen}, not {others[0]}")
+    weights = _unwrapped(content[chosen], source)
+    return {"model": weights, **{entry: value for entry, value in content.items() if entry not in WEIGHTS}}
+
+
+def _unwrapped(weights: dict[str, Any], source: str) -> dict[str, Any]:
+    """``weights`` without the prefix that DistributedDataParallel puts before every name."""
+    if not weights or not all(str(name).startswith("module.") for name in weights):
+        return weights
+    distributed.say(f"{source}: took the prefix 'module.' off its {len(weights)} names")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
 class Differences(NamedTuple):
@@ -214,15 +233,8 @@ def _verdict(found: Differences) -> str:
 
 
 def load_model(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load weights strictly, every tensor or none: on ValueError the model is as it was.
-
-    ``source`` names the file in messages. The prefix ``module.`` of DistributedDataParallel is taken off, and said.
-    """
-    if state_dict and all(name.startswith("module.") for name in state_dict) \
-            and not all(name.startswith("module.") for name in model.state_dict()):
-        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-        if distributed.is_main():
-            print(f"{source}: took the prefix 'module.' off its {len(state_dict)} names")
+    """Load weights strictly, every tensor or none: on ValueError the model is as it was. ``source`` names the file in
+    messages."""
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
         model.load_state_dict(state_dict, strict=True)
@@ -257,41 +269,36 @@ def adapt_first_layer(weight: Tensor, in_channels: int) -> Tensor:
     return weight[:, colours] / shares[:, None, None] + absent
 
 
-def load_backbone(body: nn.Module, state_dict: Mapping[str, Any], source: str,
+def load_backbone(body: Any, state_dict: Mapping[str, Any], source: str,
                   leave_out: Sequence[str] | None = None) -> None:
-    """Load an ImageNet classification file strictly into a backbone's body, all but the classifier ``leave_out``, by
-    default what the body names so, or else a ResNet's; an entry that ends with a dot, such as ``layer4.``, stands for
-    all names that begin with it.
+    """Load an ImageNet classification file strictly into a backbone's body (the contract is in ``detr.backbone``), all
+    but the classifier ``leave_out``, by default what the body names so; an entry that ends with a dot, such as
+    ``layer4.``, stands for all names that begin with it.
 
-    A body whose names differ from its file's has a method ``renamed(state_dict) -> (state_dict, names left out)``. Where
-    the first layer sees another number of channels than the file's three, ``adapt_first_layer`` makes its weight; its
-    name is the body's ``first_layer``, or else a ResNet's. BatchNorm's ``num_batches_tracked`` is ignored where the body
-    (frozen batch norm) has no place for it. What was adapted and left out is printed. Raises ValueError as
-    ``load_model`` does.
+    The file's names become the body's by its ``renamed``, which leaves out what the body has no place for. Where its
+    ``first_layer`` sees another number of channels than the file's three, ``adapt_first_layer`` makes the weight.
+    BatchNorm's ``num_batches_tracked`` is ignored where the body (frozen batch norm) has no place for it. What was
+    adapted and left out is printed. Raises ValueError as ``load_model`` does.
     """
     ours = body.state_dict()
-    left_out: list[str] = []
-    renamed: Callable[..., Any] | None = getattr(body, "renamed", None)
-    if renamed is not None:
-        state_dict, names = renamed(state_dict)
-        left_out += names
-    classifier = getattr(body, "classifier", ("fc.weight", "fc.bias")) if leave_out is None else leave_out
+    state_dict, left_out = body.renamed(state_dict)
+    classifier = body.classifier if leave_out is None else leave_out
     alone, prefixes = ({entry for entry in classifier if entry.endswith(".") is dot} for dot in (False, True))
     kept = {name: value for name, value in state_dict.items()
             if name not in alone and not name.startswith(tuple(prefixes))}
-    left_out += [name for name in state_dict if name not in kept]
+    left_out = [*left_out, *(name for name in state_dict if name not in kept)]
     counters = [name for name in kept if _is_counter(name) and name not in ours]
     kept = {name: value for name, value in kept.items() if name not in counters}
-    first: str = getattr(body, "first_layer", "conv1.weight")
+    first = body.first_layer
     wanted, given = (list(getattr(tensors.get(first), "shape", [])) for tensors in (ours, kept))
     adapted = len(wanted) == len(given) == 4 and given[1] == 3 != wanted[1]
     if adapted:
         kept[first] = adapt_first_layer(kept[first], wanted[1])
     load_model(body, kept, source)
-    if distributed.is_main():
-        if adapted:
-            print(f"{source}: {first} sees 3 channels, and was adapted to {wanted[1]}, so that an image whose channels "
-                  f"are all the same is answered like a grey one")
-        print(f"{source}: loaded {len(kept)} tensors into the backbone; left out "
-              + (", ".join(left_out[:8]) or "none") + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
-              + (f" and {len(counters)} num_batches_tracked" if counters else ""))
+    if adapted:
+        distributed.say(f"{source}: {first} sees 3 channels, and was adapted to {wanted[1]}, so that an image whose "
+                        f"channels are all the same is answered like a grey one")
+    distributed.say(f"{source}: loaded {len(kept)} tensors into the backbone; left out "
+                    + (", ".join(left_out[:8]) or "none")
+                    + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
+                    + (f" and {len(counters)} num_batches_tracked" if counters else ""))

@@ -30,7 +30,8 @@ class ModelConfig:
     backbone_norm: str = flag("frozen", "normalisation of a ResNet: 'frozen' statistics of a pretrained one, or "
                               "trainable 'batch' or 'group' norm", ("frozen", "batch", "group"))
     from_scratch: bool = flag(False, "train the backbone from random weights, all of it")
-    frozen_stages: int = flag(1, "stages of a pretrained backbone that stay fixed, the first with the stem", least=0)
+    frozen_stages: int | None = flag(None, "stages of a pretrained backbone that stay fixed, the first with the stem; "
+                                     "without it one, as published, where more are used", least=0)
     in_channels: int = flag(3, "channels of the images: 3 is RGB, 1 grey; others are read from .npy and TIFF files",
                             least=1)
     feature_strides: tuple[int, ...] | None = flag(None, "strides of the backbone's maps that the transformer sees, "
@@ -72,6 +73,11 @@ class MaskConfig(ModelConfig):
     frozen_weights: str | None = flag(None, "checkpoint of a box model to freeze while its mask head is trained")
     mask_loss_coef: float = flag(1, "weight of the masks' focal loss")
     dice_loss_coef: float = flag(1, "weight of the masks' dice loss")
+    panoptic_threshold: float = flag(0.85, "least score of a query that becomes a segment of a panoptic map", least=0)
+
+    def panoptic(self, is_thing_map: dict[int, bool], crop: bool) -> Any:
+        """Post-processing to panoptic maps; ``is_thing_map``: which labels are things; ``crop``: padding is exact."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how panoptic maps are made")
 
     def check_masks(self) -> None:
         """ValueError for options that contradict each other."""
@@ -146,7 +152,7 @@ def validate(config: Any) -> None:
     for field in dataclasses.fields(config):
         choices, least = field.metadata["choices"], field.metadata["least"]
         value, (kind, several) = getattr(config, field.name), kind_of(hints[field.name])
-        if several and value is None and field.default is None:
+        if value is None and field.default is None:
             continue
         if several and not isinstance(value, tuple):
             raise ValueError(f"--{field.name} {value!r}: a list of {kind.__name__} is needed, even for one value")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .nested_tensor import NestedTensor, resize_mask
-from .padding import exact_conv, masked_group_norm, valid_mask
+from .padding import exact_conv, normalised, valid_mask, where
 from .structures import FeatureLevels
 
 GROUPS = 32                     # of the normalisation that closes each projection
@@ -51,7 +51,7 @@ def level(layer: Any, source: NestedTensor, like: NestedTensor | None, images: N
         return NestedTensor(x, resize_mask(images, x.shape[-2:]) if like is None else like.mask)
     x, sizes = exact_conv(convolution, source.tensors, source.sizes)
     mask = ~valid_mask(sizes, x.shape[-2], x.shape[-1], x.device) if like is None else like.mask
-    return NestedTensor(masked_group_norm(x, norm, sizes), mask, sizes)
+    return NestedTensor(normalised(norm, x, where(x, sizes)), mask, sizes)
 
 
 def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], level_embed: Tensor) -> FeatureLevels:

@@ -44,8 +44,9 @@ class NestedTensor:
     @property
     def padded_share(self) -> float:
         """The part of all pixels that is padding."""
-        pixels = self.mask.shape[-2] * self.mask.shape[-1]
-        return 1 - sum(h * w for h, w in self.extents()) / (pixels * len(self))
+        if self.sizes is None:
+            return self.mask.float().mean().item()
+        return 1 - sum(h * w for h, w in self.sizes) / self.mask.numel()
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         return self.tensors, self.mask

@@ -20,33 +20,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size = tuple[int, int]
-Windowed = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
 
 
-def conv_size(length: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
-    """Positions that a convolution or a pooling gives for ``length`` positions: floor((n + 2p - d(k - 1) - 1) / s) + 1.
-
-    At least 1: an image that is smaller than the kernel, which the layer refuses when the image is alone, keeps one
-    position in a batch. Images are padded to 32 pixels a side before they come here, so that this does not occur in
-    backbones of stride 32.
-    """
-    return max((length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 1)
+def pair(value: int | Sequence[int]) -> Size:
+    """(rows, columns) of a layer's option, which PyTorch takes as one number for both, too."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def layer_sizes(layer: Windowed, sizes: Sequence[Size]) -> list[Size]:
-    """The extents after ``layer``, a ``Conv2d``, ``MaxPool2d`` or ``AvgPool2d``, for the extents before it."""
-    if isinstance(layer.padding, str):
-        raise ValueError(f"{layer} has padding {layer.padding!r}; exact padding needs it in numbers")
-    if getattr(layer, "ceil_mode", False) or getattr(layer, "padding_mode", "zeros") != "zeros":
-        raise ValueError(f"{layer} cannot be padded exactly: use ceil_mode=False and padding_mode='zeros', "
-                         f"or --padding legacy")
-    (kh, kw), (sh, sw), (ph, pw) = (_pair(x) for x in (layer.kernel_size, layer.stride, layer.padding))
-    dh, dw = _pair(getattr(layer, "dilation", 1))               # average pooling has none
-    return [(conv_size(h, kh, sh, ph, dh), conv_size(w, kw, sw, pw, dw)) for h, w in sizes]
+class Window(NamedTuple):
+    """What a convolution or a pooling reads for each of its outputs: numbers of positions, (rows, columns) each."""
+    kernel: Size
+    stride: Size = (1, 1)
+    padding: Size = (0, 0)
+    dilation: Size = (1, 1)
+    ceil: bool = False          # a last window that is not whole counts, too
 
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.MaxPool2d) -> Window:
+        """The window of ``layer``. ValueError where it is padded by something else than a number of zeros (of -inf, in
+        pooling)."""
+        if isinstance(layer.padding, str):
+            raise ValueError(f"{layer} has padding {layer.padding!r}; exact padding needs it in numbers")
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            raise ValueError(f"{layer} cannot be padded exactly: use padding_mode='zeros', or --padding legacy")
+        return cls(pair(layer.kernel_size), pair(layer.stride), pair(layer.padding), pair(layer.dilation),
+                   getattr(layer, "ceil_mode", False))                                      # a convolution has none
 
-def _pair(value: int | tuple[int, ...]) -> Size:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    def sizes(self, sizes: Sequence[Size]) -> list[Size]:
+        """The extents of the outputs, for those of the inputs."""
+        return [(self.length(h, 0), self.length(w, 1)) for h, w in sizes]
+
+    def length(self, n: int, axis: int) -> int:
+        """Outputs for ``n`` positions along the rows (``axis`` 0) or columns (1), by PyTorch's formula:
+        floor((n + 2p - d(k - 1) - 1) / s) + 1, or with ceil.
+
+        At least 1: an image that is smaller than the kernel, which the layer refuses when the image is alone, keeps one
+        position in a batch. Images are padded to 32 pixels a side before they come here, so that this does not occur in
+        backbones of stride 32.
+        """
+        kernel, stride, pad, dilation = (side[axis] for side in self[:4])
+        room = n + 2 * pad - dilation * (kernel - 1) - 1
+        out = (-(-room // stride) if self.ceil else room // stride) + 1
+        out -= self.ceil and (out - 1) * stride >= n + pad      # the last window has to begin inside
+        return max(out, 1)
 
 
 def check_sizes(x: Tensor, sizes: Sequence[Size]) -> list[Size]:
@@ -74,24 +90,6 @@ def valid_mask(sizes: Sequence[Size], height: int, width: int, device: torch.dev
     return rows[:, :, None] & columns[:, None]
 
 
-def _inside(x: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """The valid mask of ``x [B, C, H, W]``, as ``[B, 1, H, W]``."""
-    return valid_mask(sizes, x.shape[-2], x.shape[-1], x.device)[:, None]
-
-
-def fill_outside(x: Tensor, sizes: Sequence[Size], value: float) -> Tensor:
-    """``x [B, C, H, W]`` with ``value`` outside the extents, whatever was there (NaN too); ``x`` itself is left as it
-    is, and comes back where nothing is outside."""
-    if unpadded(sizes, x.shape[-2], x.shape[-1]):
-        return x
-    return torch.where(_inside(x, sizes), x, x.new_full((), value))
-
-
-def zero_outside(x: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """``x [B, C, H, W]`` with zeros outside the extents: what a layer reads past the border of an image alone."""
-    return fill_outside(x, sizes, 0.0)
-
-
 class Where(NamedTuple):
     """Where the images are in maps of one resolution, worked out once for all layers there."""
     sizes: list[Size]
@@ -110,29 +108,19 @@ def where(x: Tensor, sizes: Sequence[Size] | None) -> Where | None:
     return None if sizes is None else Where.of(sizes, (x.shape[-2], x.shape[-1]), x.device)
 
 
-def through(layer: Windowed, at: Where | None) -> Where | None:
+def through(layer: nn.Conv2d | nn.MaxPool2d, at: Where | None) -> Where | None:
     """Where the images are after ``layer``."""
     if at is None:
         return None
-    sizes, shape = layer_sizes(layer, at.sizes), layer_sizes(layer, [at.shape])[0]
+    window = Window.of(layer)
+    sizes, shape = window.sizes(at.sizes), window.sizes([at.shape])[0]
     return at if (sizes, shape) == (at.sizes, at.shape) else Where.of(sizes, shape, at.device)
 
 
 def zeroed(x: Tensor, at: Where | None) -> Tensor:
-    """``zero_outside`` with what is known of the resolution of ``x [B, C, H, W]``."""
+    """``x [B, C, H, W]`` with zeros outside the extents, whatever was there (NaN too): what a layer reads past the border
+    of an image alone. ``x`` itself is left as it is, and comes back where nothing is outside."""
     return x if at is None or at.outside is None else x.masked_fill(at.outside, 0.0)
-
-
-def normalised(norm: nn.Module, x: Tensor, at: Where | None) -> Tensor:
-    """``norm`` of ``x [B, C, H, W]``: group normalisation, and batch normalisation in training, by the statistics inside
-    the extents; any other as it is."""
-    if at is None or at.outside is None:
-        return norm(x)
-    if isinstance(norm, nn.GroupNorm):
-        return masked_group_norm(x, norm, at.sizes)
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
-        return masked_batch_norm(x, norm, at)
-    return norm(x)
 
 
 def exact_conv(conv: nn.Conv2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Size]]:
@@ -141,62 +129,57 @@ def exact_conv(conv: nn.Conv2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tenso
     The input is set to zero outside the extents only where the convolution is padded: without padding, no output
     inside the extent reads past the border.
     """
-    out = layer_sizes(conv, sizes)
-    return conv(x if conv.padding == (0, 0) else zero_outside(x, sizes)), out
+    window = Window.of(conv)
+    return conv(zeroed(x, where(x, sizes)) if max(window.padding) > 0 else x), window.sizes(sizes)
 
 
-def exact_max_pool(pool: nn.MaxPool2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Size]]:
-    """``pool`` of ``x [B, C, H, W]`` and the extents of its output. Maximum pooling pads with -inf, not with zero."""
-    out = layer_sizes(pool, sizes)
-    return pool(fill_outside(x, sizes, float("-inf")) if max(_pair(pool.padding)) > 0 else x), out
-
-
-def exact_avg_pool(pool: nn.AvgPool2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Size]]:
-    """``pool`` of ``x [B, C, H, W]`` and the extents of its output, which counts the zeros past the border, or does
-    not (``count_include_pad=False``), there as here."""
-    out = layer_sizes(pool, sizes)
-    if max(_pair(pool.padding)) == 0:
-        return pool(x), out
-    x = zero_outside(x, sizes)
-    if pool.count_include_pad or pool.divisor_override:
-        return pool(x), out
-    window = (pool.kernel_size, pool.stride, pool.padding)
-    share = F.avg_pool2d(_inside(x, sizes).to(x.dtype), *window)            # of each window, how much lies inside
-    return F.avg_pool2d(x, *window) / share.masked_fill(share == 0, 1), out
-
-
-def masked_group_norm(x: Tensor, norm: nn.GroupNorm, sizes: Sequence[Size]) -> Tensor:
-    """``norm`` of ``x [B, C, H, W]`` with the statistics of the positions inside each image's extent; outside, the
-    result is arbitrary but finite."""
-    if unpadded(sizes, x.shape[-2], x.shape[-1]):
+def normalised(norm: nn.Module, x: Tensor, at: Where | None) -> Tensor:
+    """``norm`` of ``x [B, C, H, W]``: group normalisation, and batch normalisation in training, by the statistics inside
+    the extents; any other as it is. Outside, the result is arbitrary, but finite where ``x`` is."""
+    if at is None or at.outside is None:
         return norm(x)
-    valid = _inside(x, sizes)[:, None]                                                      # [B, 1, 1, H, W]
-    values = zero_outside(x, sizes).unflatten(1, (norm.num_groups, -1))                     # [B, G, C/G, H, W]
+    if isinstance(norm, nn.GroupNorm):
+        return group_norm_inside(x, at, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        momentum = norm.momentum
+        if norm.num_batches_tracked is not None:
+            batches = norm.num_batches_tracked.add_(1)
+            momentum = 1 / float(batches) if momentum is None else momentum
+        return batch_norm_inside(x, at, norm.running_mean, norm.running_var, norm.weight, norm.bias, momentum or 0.0,
+                                 norm.eps)
+    return norm(x)
+
+
+def group_norm_inside(x: Tensor, at: Where, groups: int, weight: Tensor | None, bias: Tensor | None,
+                      eps: float) -> Tensor:
+    """``F.group_norm`` of ``x [B, C, H, W]``, some of it outside, by the positions inside each image's extent."""
+    valid = ~at.outside[:, None]                                                            # [B, 1, 1, H, W]
+    values = zeroed(x, at).unflatten(1, (groups, -1))                                       # [B, G, C/G, H, W]
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     count = valid.sum((1, 2, 3, 4), keepdim=True) * values.shape[2]
     centred = (values - values.sum((2, 3, 4), keepdim=True) / count) * valid
     variance = centred.square().sum((2, 3, 4), keepdim=True) / count
-    out = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2).to(x.dtype)
-    return out if norm.weight is None else out * norm.weight[:, None, None] + norm.bias[:, None, None]
+    out = (centred * (variance + eps).rsqrt()).flatten(1, 2).to(x.dtype)
+    out = out if weight is None else out * weight[:, None, None]
+    return out if bias is None else out + bias[:, None, None]
 
 
-def masked_batch_norm(x: Tensor, norm: nn.BatchNorm2d, at: Where) -> Tensor:
-    """``norm`` of ``x [B, C, H, W]`` in training, with the statistics of the positions inside the extents of all images,
-    which its running statistics follow; outside, the result is arbitrary but finite."""
+def batch_norm_inside(x: Tensor, at: Where, running_mean: Tensor | None, running_var: Tensor | None,
+                      weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> Tensor:
+    """``F.batch_norm`` in training of ``x [B, C, H, W]``, by the positions inside the extents of all images, which the
+    running statistics follow."""
     exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     count = sum(h * w for h, w in at.sizes)
     mean = zeroed(exact, at).sum((0, 2, 3)) / count
     centred = exact - mean[:, None, None]
     variance = zeroed(centred, at).square().sum((0, 2, 3)) / count
-    if norm.running_mean is not None and norm.running_var is not None:
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            batches = norm.num_batches_tracked.add_(1)                                          # type: ignore[union-attr]
-            weight = 1 / float(batches) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
-            norm.running_var.lerp_((variance * count / max(count - 1, 1)).to(norm.running_var.dtype), weight)
-    scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * count / max(count - 1, 1)).to(running_var.dtype), momentum)
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
     out = centred * scale[:, None, None]
-    return (out if norm.bias is None else out + norm.bias[:, None, None]).to(x.dtype)
+    return (out if bias is None else out + bias[:, None, None]).to(x.dtype)
 
 
 def adaptive_average(lengths: Sequence[int], length: int, bins: int, like: Tensor) -> Tensor:
@@ -211,20 +194,16 @@ def adaptive_average(lengths: Sequence[int], length: int, bins: int, like: Tenso
     return (inside.double() / (end - start)[..., None]).to(like.device, like.dtype)
 
 
-def exact_adaptive_avg_pool(x: Tensor, sizes: Sequence[Size], bins: Size) -> Tensor:
-    """Adaptive average pooling of ``x [B, C, H, W]`` over each image's own extent to ``[B, C, *bins]``."""
-    if unpadded(sizes, x.shape[-2], x.shape[-1]):
-        return F.adaptive_avg_pool2d(x, bins)
-    rows = adaptive_average([h for h, _ in sizes], x.shape[-2], bins[0], x)
-    columns = adaptive_average([w for _, w in sizes], x.shape[-1], bins[1], x)
-    return rows[:, None] @ zero_outside(x, sizes) @ columns[:, None].mT
-
-
 def exact_upsample(x: Tensor, sizes: Sequence[Size], finer: Sequence[Size], size: Size) -> Tensor:
     """Each image of ``x [B, C, H, W]``, of extent ``sizes[i]``, by nearest neighbour to ``finer[i]``: ``[B, C, *size]``,
-    zero outside. PyTorch's own would follow the ratio of the padded sizes, which is another for each batch. B may be a
-    multiple of the number of images: as many maps of each, one image after the other."""
-    maps = x.unflatten(0, (len(sizes), -1))
-    return torch.cat([F.pad(F.interpolate(one[..., :h, :w], to, mode="nearest"),
-                            (0, size[1] - to[1], 0, size[0] - to[0]))
-                      for one, (h, w), to in zip(maps, sizes, finer)])
+    zero outside. PyTorch's own would follow the ratio of the padded sizes, which is another for each batch."""
+    resized, start = [], 0
+    while start < len(sizes):                               # neighbours of one size (masks of an image) go together
+        end = start
+        while end < len(sizes) and (sizes[end], finer[end]) == (sizes[start], finer[start]):
+            end += 1
+        (h, w), to = sizes[start], finer[start]
+        one = F.interpolate(x[start:end, :, :h, :w], to, mode="nearest")
+        resized.append(F.pad(one, (0, size[1] - to[1], 0, size[0] - to[0])))
+        start = end
+    return torch.cat(resized)

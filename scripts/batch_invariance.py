@@ -61,12 +61,12 @@ def get_args_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint that main.py wrote")
     parser.add_argument("--coco_path", help="folder in COCO's layout; without it, the synthetic data")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="the first one is compared with")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="each is compared with 1")
     parser.add_argument("--short_side", type=int, nargs=2, default=[96, 224], metavar=("LEAST", "MOST"),
                         help="pixels between which each image's short side is drawn")
     parser.add_argument("--images", type=int, help="only so many of the validation images")
     parser.add_argument("--figure", metavar="FILE", help="picture of the comparison")
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="seed of sizes and batches")
     return parser
 
@@ -133,8 +133,7 @@ def shift(alone: Outcome, other: Outcome, sides: dict[int, Tensor]) -> Shift:
 
 def compare(detector: Detector, data: Any, items: list[Any], batch_sizes: list[int],
             device: torch.device) -> dict[str, dict[int, tuple[Outcome, Shift]]]:
-    """Every kind of padding at every batch size, each compared with the images alone under exact padding, where there is
-    none and both kinds say the same."""
+    """Every kind of padding at every batch size, each compared with the images alone under exact padding."""
     sides = {int(target["image_id"]): target["orig_size"].flip(0).repeat(2).float() for _, target in items}
     backbone = backbone_of(detector.model)
     found: dict[str, dict[int, tuple[Outcome, Shift]]] = {}
@@ -142,7 +141,8 @@ def compare(detector: Detector, data: Any, items: list[Any], batch_sizes: list[i
         backbone.exact = padding == "exact"
         outcomes = {size: outcome(detector, items, data, size, device, f"{padding}, batches of {size}")
                     for size in batch_sizes}
-        found[padding] = {size: (one, shift(outcomes[batch_sizes[0]], one, sides)) for size, one in outcomes.items()}
+        alone = outcomes[1] if padding == "exact" else found["exact"][1][0]
+        found[padding] = {size: (one, shift(alone, one, sides)) for size, one in outcomes.items()}
     return found
 
 
@@ -206,10 +206,10 @@ def main(args: argparse.Namespace) -> int:
                          channels=len(detector.preprocessing.mean))
     mixed = MixedSizes(data, args.images, detector.preprocessing, tuple(args.short_side), args.seed)
     items = [mixed[i] for i in range(len(mixed))]
-    found = compare(detector, data, items, args.batch_sizes, device)
+    found = compare(detector, data, items, sorted({1, *args.batch_sizes}), device)
     print(table(found))
     exact = found["exact"]
-    alone = exact[args.batch_sizes[0]][0].numbers
+    alone = exact[1][0].numbers
     numbers = max(abs(a - b) for one, _ in exact.values() for a, b in zip(alone, one.numbers))
     moved = max(max(moved.score, moved.box) for _, moved in exact.values())
     print(f"exact: the twelve numbers differ by {numbers:.1e} at most, detections by {moved:.1e}")

@@ -124,6 +124,37 @@ def test_published_layouts(tmp_path):
     assert equal(checkpoint.load(tmp_path / "old.pth")["model"], weights)
 
 
+@pytest.mark.parametrize("entries, taken, said", [
+    ({"state_dict": 1}, 1, ""), ({"state_dict": 1, "state_dict_ema": 2}, 2, "state_dict_ema, not state_dict\n"),
+    ({"model": 1, "model_ema": 2}, 2, "model_ema, not model\n"), ({"model_ema": 2}, 2, ""),
+    ({"state_dict": 1, "state_dict_ema": None}, 1, ""), ({"model": 1, "model_ema": {}}, 1, ""),
+    ({"model": {"depth": 50}, "state_dict": 1}, 1, ""), ({"model": 1, "state_dict": 2}, 1, "")])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_files_of_training_programs(tmp_path, capsys, entries, taken, said, prefix):
+    """A number stands for weights that are all of this value. Everything else that the file has comes along."""
+    weights = {number: {name: torch.full_like(x, number) for name, x in small_model().state_dict().items()}
+               for number in (1, 2)}
+    content = {entry: {prefix + name: x for name, x in weights[n].items()} if isinstance(n, int) else n
+               for entry, n in entries.items()}
+    torch.save({"epoch": 3, "args": argparse.Namespace(model="resnet50"), **content}, tmp_path / "last.pth")
+    read = checkpoint.load(tmp_path / "last.pth")
+    assert equal(read.pop("model"), weights[taken])
+    assert read == {"epoch": 3, "args": argparse.Namespace(model="resnet50")}
+    out = capsys.readouterr().out
+    assert (f"last.pth: took the average of the weights over training, {said}" in out) == bool(said)
+    assert ("last.pth: took the prefix 'module.' off its 9 names\n" in out) == bool(prefix)
+    assert len(out.splitlines()) == bool(said) + bool(prefix)
+
+
+def test_a_bare_state_dict_of_several_processes(tmp_path, capsys):
+    model = small_model()
+    torch.save({f"module.{name}": x for name, x in model.state_dict().items()}, tmp_path / "ddp.pth")
+    assert equal(checkpoint.load(tmp_path / "ddp.pth")["model"], model.state_dict())
+    assert "ddp.pth: took the prefix 'module.' off its 9 names" in capsys.readouterr().out
+    torch.save(nn.ModuleDict({"module": nn.Linear(1, 1), "other": nn.Linear(1, 1)}).state_dict(), tmp_path / "a.pth")
+    assert "module.weight" in checkpoint.load(tmp_path / "a.pth")["model"] and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_numpy_scalars_of_either_major_version(tmp_path, module):
     written = io.BytesIO()
@@ -183,7 +214,7 @@ def test_not_a_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth holds a list, not a dict"):
         checkpoint.load(tmp_path / "list.pth")
-    for i, content in enumerate(({"epoch": 3, "args": 1}, {"model": 3}, {})):
+    for i, content in enumerate(({"epoch": 3, "args": 1}, {"model": 3}, {"state_dict": None}, {})):
         torch.save(content, tmp_path / f"{i}.pth")
         with pytest.raises(ValueError, match=rf"{i}.pth has no weights under 'model' \(it has: "):
             checkpoint.load(tmp_path / f"{i}.pth")
@@ -326,11 +357,6 @@ def test_load_model(capsys):
     assert equal(model.state_dict(), other.state_dict())
     assert capsys.readouterr().out == ""
 
-    other = small_model()
-    checkpoint.load_model(model, {f"module.{name}": value for name, value in other.state_dict().items()}, "ddp.pth")
-    assert equal(model.state_dict(), other.state_dict())
-    assert "ddp.pth: took the prefix 'module.' off its 9 names" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("theirs, message", [
     (nn.Sequential(OrderedDict(stem=nn.Linear(3, 3), head=nn.Linear(8, 5))).state_dict(),
@@ -372,13 +398,22 @@ class Frozen(nn.Module):
             self.register_buffer(name, torch.ones(8))
 
 
+class Body(nn.Sequential):
+    """What ``load_backbone`` asks of a backbone's body."""
+    classifier: tuple[str, ...] = ("fc.weight", "fc.bias")
+    first_layer = "conv1.weight"
+
+    def renamed(self, state_dict):
+        return state_dict, []
+
+
 def classifier() -> nn.Module:
     return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=nn.BatchNorm2d(8), fc=nn.Linear(8, 1000)))
 
 
 @pytest.mark.parametrize("norm, ignored", [(Frozen(), " and 1 num_batches_tracked"), (nn.BatchNorm2d(8), "")])
 def test_load_backbone(capsys, norm, ignored):
-    body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=norm))
+    body = Body(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=norm))
     published = classifier().state_dict()
     published["bn1.running_mean"] = torch.arange(8.0)
     checkpoint.load_backbone(body, published, "resnet50.pth")
@@ -388,7 +423,7 @@ def test_load_backbone(capsys, norm, ignored):
 
 
 def test_load_backbone_is_strict(capsys):
-    body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=Frozen()))
+    body = Body(OrderedDict(conv1=nn.Conv2d(3, 8, 1), bn1=Frozen()))
     before = body.conv1.weight.clone()
     with pytest.raises(ValueError, match="2 .fc.weight, fc.bias. unexpected"):
         checkpoint.load_backbone(body, classifier().state_dict(), "resnet50.pth", leave_out=())
@@ -405,8 +440,8 @@ def test_load_backbone_is_strict(capsys):
 CHANNELS = [1, 2, 3, 4, 5, 6, 7, 13]
 
 
-def stem(in_channels: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(in_channels, 8, 3, bias=False), bn1=Frozen()))
+def stem(in_channels: int) -> Body:
+    return Body(OrderedDict(conv1=nn.Conv2d(in_channels, 8, 3, bias=False), bn1=Frozen()))
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -456,7 +491,7 @@ def test_load_backbone_for_other_channels(capsys, channels):
 
 
 def test_load_backbone_adapts_what_the_body_names():
-    body = nn.Sequential(OrderedDict(patch_embed=nn.Conv2d(5, 8, 4), conv1=nn.Conv2d(5, 8, 1)))
+    body = Body(OrderedDict(patch_embed=nn.Conv2d(5, 8, 4), conv1=nn.Conv2d(5, 8, 1)))
     body.first_layer = "patch_embed.weight"
     published = body.state_dict() | {"patch_embed.weight": torch.randn(8, 3, 4, 4)}
     checkpoint.load_backbone(body, published, "pvt.pth")
@@ -476,12 +511,12 @@ def test_other_mismatches_of_the_first_layer_are_errors(given, capsys):
 
 def test_load_backbone_with_names_of_its_own(capsys):
     """``renamed`` comes first, so ``first_layer`` and ``classifier`` are the body's names."""
-    class Body(nn.Sequential):
+    class Renaming(Body):
         def renamed(self, state_dict):
             kept = {name.replace("stem.", "conv1."): x for name, x in state_dict.items() if not name.startswith("head")}
             return kept, [name for name in state_dict if name.startswith("head")]
 
-    body = Body(OrderedDict(conv1=nn.Conv2d(4, 8, 3, bias=False)))
+    body = Renaming(OrderedDict(conv1=nn.Conv2d(4, 8, 3, bias=False)))
     file = {"stem.weight": torch.randn(8, 3, 3, 3), "fc.bias": torch.ones(1),
             **{f"head.{i}.weight": torch.ones(1) for i in range(9)}}
     checkpoint.load_backbone(body, file, "timm/a")

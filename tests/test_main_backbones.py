@@ -66,7 +66,11 @@ def test_refused_flags(line, message):
     ({"feature_strides": (16, 8)}, "--feature_strides 16 8: from fine to coarse, each once: 8 16"),
     ({"feature_strides": (8, 16)}, "2 strides, and this model has room for 1; for several, use a Deformable DETR"),
     ({"feature_strides": (8,), "masks": True}, "a mask head takes all maps"),
-    ({"frozen_stages": 5}, "--frozen_stages 5: the backbone has 4 stages that are used; to freeze all of it"),
+    ({"frozen_stages": 4}, "--frozen_stages 4 would freeze all of the backbone, of which 4 stages are used"),
+    ({"frozen_stages": 1, "feature_strides": (4,)}, "--frozen_stages 1 would freeze all of the backbone, of which 1 "),
+    ({"frozen_stages": 2, "from_scratch": True, "backbone_norm": "batch"}, "frozen_stages=2 and from_scratch=True"),
+    ({"feature_strides": ()}, "--feature_strides: at least one stride is needed"),
+    ({"backbone": "convnext_tiny"}, "--backbone convnext_tiny is not known; did you mean timm/convnext_tiny? There are"),
 ])
 def test_refused_models(flags, message):
     from detr import build_model
@@ -94,8 +98,49 @@ def test_frozen_stages(stages, fixed):
     model = build_model("detr_resnet50", backbone="resnet18", backbone_norm="batch", frozen_stages=stages)[0]
     body = backbone_of(model).body
     assert {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad} == fixed
-    assert main.fixed(settle(f"--model detr_resnet50 --frozen_stages {stages}").model) == {
-        0: "all of it trains"}.get(stages, f"its stem and the first {stages} of its stages stay fixed (--frozen_stages)")
+    words = ("all of it trains", "its stem and first stage stay fixed (--frozen_stages 1)",
+             "its stem and first 2 stages stay fixed (--frozen_stages 2)")
+    assert main.fixed(backbone_of(model), 1e-5) == words[stages]
+    assert main.fixed(backbone_of(model), 0) == "all of it stays fixed (--lr_backbone 0)"
+
+
+def test_a_stage_that_is_all_there_is_trains():
+    """The published frozen first stage is a part of a backbone, never all of it."""
+    from detr import build_model
+    for flags in ({"backbone": "timm/vit_tiny_patch16_224"}, {"backbone": "resnet18", "feature_strides": (4,)}):
+        body = backbone_of(build_model("detr_resnet50", **flags)[0]).body
+        assert any(p.requires_grad for p in body.parameters()), flags
+
+
+@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "timm/convnext_atto"])
+def test_a_presets_batch_norm_is_left_out_where_there_is_none(backbone, capsys):
+    settings = settle(f"--model tiny_deformable_detr --backbone {backbone}")
+    assert settings.model.backbone_norm == "frozen"
+    assert f"{backbone} has no batch norms: the preset's --backbone_norm batch is left out" in capsys.readouterr().out
+    settings.model.build(3)
+    asked = settle(f"--model tiny_deformable_detr --backbone {backbone} --backbone_norm batch")
+    with pytest.raises(ValueError, match="--backbone_norm batch has no meaning"):
+        asked.model.build(3)
+
+
+@pytest.mark.parametrize("backbone, norm", [("resnet18", "group, or batch where"), ("timm/resnet10t", "batch")])
+def test_the_norm_that_is_advised_can_be_had(backbone, norm):
+    with pytest.raises(ValueError, match=f"add --backbone_norm {norm}"):
+        settle(f"--model detr_resnet50 --backbone {backbone} --from_scratch --lr_backbone 1e-3")
+
+
+def test_from_python_an_inexact_backbone_is_said():
+    from detr import build_model
+    with pytest.warns(UserWarning, match="padding='exact' is not possible with timm/vit_tiny_patch16_224"):
+        build_model("detr_resnet50", backbone="timm/vit_tiny_patch16_224", padding="exact")
+
+
+def test_a_checkpoint_of_before_is_legacy(trained, tmp_path):
+    state = checkpoint.load(trained / "checkpoint.pth")
+    for name in ("padding", "in_channels", "frozen_stages", "feature_strides"):
+        del state["config"]["model"][name]
+    checkpoint.save(tmp_path / "old.pth", state)
+    assert settle(f"--resume {tmp_path}/old.pth --eval").model.padding == "legacy"
 
 
 def test_a_checkpoint_remembers_its_padding(trained, capsys):

@@ -49,16 +49,20 @@ def test_convolution(layer, seed):
     assert torch.equal(x.nan_to_num(7), before.nan_to_num(7))
 
 
-@pytest.mark.parametrize("layer", [
-    nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d(2), nn.MaxPool2d(3, 1, padding=1, dilation=1), nn.AvgPool2d(2),
-    nn.AvgPool2d(3, 2, padding=1), nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
-    nn.AvgPool2d((5, 3), (3, 1), padding=(2, 0), count_include_pad=False),
-    nn.AvgPool2d(3, 1, padding=1, divisor_override=4)], ids=str)
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2),
+                                   nn.Conv2d(CHANNELS, 4, (1, 5), (2, 1), (0, 2), dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_pooling(layer, seed):
+def test_through(layer, seed):
     x, sizes = batch(seed)
-    pool = padding.exact_max_pool if isinstance(layer, nn.MaxPool2d) else padding.exact_avg_pool
-    check(*pool(layer, x - 5, sizes), [layer(y - 5) for y in alone(x, sizes)])              # -5: below what pads
+    at = padding.through(layer, padding.where(x, sizes))
+    assert at.shape == layer(x).shape[-2:] and at.sizes == [layer(y).shape[-2:] for y in alone(x, sizes)]
+    inside = torch.zeros(len(x), 1, *at.shape, dtype=torch.bool)
+    for mask, (h, w) in zip(inside, at.sizes):
+        mask[:, :h, :w] = True
+    assert at.outside is None and inside.all() or torch.equal(at.outside, ~inside)
+    assert padding.through(layer, None) is None
+    same = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+    assert padding.through(same, at) is at                      # worked out once
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -70,11 +74,11 @@ def test_group_norm(affine, seed):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     inputs = x.clone().requires_grad_()
-    out = padding.masked_group_norm(inputs, norm, sizes)
+    out = padding.normalised(norm, inputs, padding.where(inputs, sizes))
     expected = [norm(y) for y in alone(x.requires_grad_(), sizes)]
     check(out, sizes, expected)
     assert out.isfinite().all()
-    padding.zero_outside(out, sizes).square().sum().backward()
+    padding.zeroed(out, padding.where(out, sizes)).square().sum().backward()
     sum(y.square().sum() for y in expected).backward()
     torch.testing.assert_close(inputs.grad, x.grad, atol=1e-10, rtol=0)
 
@@ -82,7 +86,7 @@ def test_group_norm(affine, seed):
 def test_group_norm_in_lower_precision():
     x, sizes = batch(1, dtype=torch.float32)
     norm = nn.GroupNorm(2, CHANNELS)
-    out = padding.masked_group_norm(100 + x.bfloat16(), norm.bfloat16(), sizes)     # a mean that bfloat16 drowns in
+    out = padding.normalised(norm.bfloat16(), 100 + x.bfloat16(), padding.where(x, sizes))      # bfloat16 drowns its mean
     assert out.dtype == torch.bfloat16
     for y, image, (h, w) in zip(out, x, sizes):
         exact = F.group_norm((100 + image[None, :, :h, :w].bfloat16()).float(), 2)
@@ -93,7 +97,9 @@ def test_group_norm_in_lower_precision():
 @pytest.mark.parametrize("seed", range(5))
 def test_adaptive_average(bins, seed):
     x, sizes = batch(seed, smallest=1)
-    out = padding.exact_adaptive_avg_pool(x, sizes, bins)
+    rows, columns = (padding.adaptive_average(lengths, side, n, x)
+                     for lengths, side, n in zip(zip(*sizes), x.shape[-2:], bins))
+    out = rows[:, None] @ x.nan_to_num(1e6) @ columns[:, None].mT
     for y, image in zip(out, alone(x, sizes)):
         torch.testing.assert_close(y[None], F.adaptive_avg_pool2d(image, bins), atol=1e-12, rtol=0)
 
@@ -103,19 +109,24 @@ def test_lengths():
     for _ in range(300):
         kernel, stride, dilation, length = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 3), rng.randint(13, 40)
         pad = rng.randint(0, kernel // 2)
-        out = F.conv1d(torch.zeros(1, 1, length), torch.zeros(1, 1, kernel), None, stride, pad, dilation).shape[-1]
-        assert padding.conv_size(length, kernel, stride, pad, dilation) == out
-    assert padding.conv_size(3, 8, 8) == 1                      # an image too small for the kernel keeps a position
+        window = padding.Window((kernel, 1), (stride, 1), (pad, 0), (dilation, 1))
+        x = torch.zeros(1, 1, length)
+        convolved = F.conv1d(x, torch.zeros(1, 1, kernel), None, stride, pad, dilation).shape[-1]
+        assert window.sizes([(length, 7)]) == [(convolved, 7)]
+        pooled = F.max_pool1d(x, kernel, stride, pad, dilation, ceil_mode=True).shape[-1]
+        assert window._replace(ceil=True).sizes([(length, 7)]) == [(pooled, 7)]
+    assert padding.Window((8, 8), (8, 8)).sizes([(3, 9)]) == [(1, 1)]       # too small for the kernel: keeps a position
 
 
 def test_masks():
     assert padding.valid_mask([(1, 2), (2, 3)], 2, 3).tolist() == [[[True, True, False], [False] * 3], [[True] * 3] * 2]
     x = torch.full((2, 1, 2, 3), float("inf"))
     x[0, 0, 0, :2] = x[1] = 1
-    zeroed = padding.zero_outside(x, [(1, 2), (2, 3)])
+    zeroed = padding.zeroed(x, padding.where(x, [(1, 2), (2, 3)]))
     assert zeroed.tolist() == [[[[1, 1, 0], [0, 0, 0]]], [[[1, 1, 1], [1, 1, 1]]]] and x[0, 0, 1, 0] == float("inf")
     full = [(2, 3), (2, 3)]
-    assert padding.zero_outside(x, full) is x and padding.unpadded(full, 2, 3) and not padding.unpadded([(2, 2)], 2, 3)
+    assert padding.unpadded(full, 2, 3) and not padding.unpadded([(2, 2)], 2, 3)
+    assert padding.zeroed(x, padding.where(x, full)) is x and padding.zeroed(x, padding.where(x, None)) is x
 
 
 def test_errors():
@@ -126,9 +137,7 @@ def test_errors():
         with pytest.raises(ValueError, match=rf"size 1 is \({size[0]}, {size[1]}\), outside 1..8, 1..9 of the batch"):
             padding.check_sizes(x, [(8, 9), size])
     assert padding.check_sizes(x, torch.tensor([[8, 9], [3, 4]]).tolist()) == [(8, 9), (3, 4)]
-    with pytest.raises(ValueError, match="cannot be padded exactly: use ceil_mode=False"):
-        padding.exact_max_pool(nn.MaxPool2d(2, ceil_mode=True), x, [(8, 9), (3, 4)])
-    with pytest.raises(ValueError, match="padding_mode='zeros', or --padding legacy"):
+    with pytest.raises(ValueError, match="cannot be padded exactly: use padding_mode='zeros', or --padding legacy"):
         padding.exact_conv(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), x, [(8, 9), (3, 4)])
     with pytest.raises(ValueError, match="has padding 'same'; exact padding needs it in numbers"):
         padding.exact_conv(nn.Conv2d(3, 3, 3, padding="same"), x, [(8, 9), (3, 4)])

@@ -169,7 +169,7 @@ def test_what_is_frozen_of_a_published_backbone():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="backbone 'resnet19' is not known; use one of resnet18, resnet34, resnet50"):
+    with pytest.raises(ValueError, match="--backbone resnet19 is not known; there are resnet18, resnet34, resnet50"):
         build_body("resnet19", "frozen", False)
     with pytest.raises(ValueError, match="backbone_norm 'layer' is not known; use one of frozen, batch, group"):
         build_body("resnet18", "layer", False)

@@ -160,8 +160,8 @@ def test_training_batches_are_whole_and_no_image_comes_twice():
     for number, (length, world_size, batch_size) in enumerate(cases(150, seed=0)):
         sizes = any_sizes(length, number)
         if length < world_size * batch_size:
-            with pytest.raises(ValueError, match=f"--batch_size {batch_size} on {world_size} processes needs more than "
-                                                 f"the {length} training images; lower it"):
+            with pytest.raises(ValueError, match=f"--batch_size {batch_size} on {world_size} processes needs "
+                                                 f"{world_size * batch_size} training images, and there are {length}"):
                 TrainingBatches(sizes, PUBLISHED, batch_size, 0, world_size)
             continue
         parts = all_training(sizes, batch_size, world_size, seed=number, epoch=number % 3)
@@ -220,6 +220,7 @@ def test_what_an_image_draws_depends_on_seed_and_epoch_and_on_no_other_image():
     assert seeds == seeds_of(all_draws(any_sizes(96, seed=0), 4, 2, 1, 7))
     for other in (seeds_of(all_draws(sizes, 4, 2, 1, 8)), seeds_of(all_draws(sizes, 4, 2, 2, 7))):
         assert not set(seeds.values()) & set(other.values())
+    assert len(set(seeds_of(all_draws(formats(3 * WINDOW, seed=3), 1)).values())) == 3 * WINDOW         # of all windows
     left_over = seeds_of(all_draws(sizes, 36, 1, 1, 7, PUBLISHED))
     assert len(left_over) == 72 and left_over.items() <= seeds.items()
 
@@ -341,7 +342,7 @@ def test_training_batches_are_the_best_there_are_for_one_varying_side(turned):
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_training_batches_are_nearly_the_best_there_are(batch_size):
-    """Of the padding that no way to form batches of eight images needs, less than a tenth remains."""
+    """Of the padding that no way to form batches of eight images needs, less than a fourteenth remains."""
     avoidable = remaining = 0
     for seed in range(12):
         scales = random.Random(seed).choices(range(480, 801, 32), k=8)
@@ -351,11 +352,11 @@ def test_training_batches_are_nearly_the_best_there_are(batch_size):
         assert len(shares) == {2: 105, 4: 35}[batch_size] and any(abs(found - share) < 1e-12 for share in shares)
         avoidable += statistics.mean(shares) - min(shares)
         remaining += found - min(shares)
-    assert avoidable > 12 * 0.1 and remaining < 0.1 * avoidable
+    assert avoidable > 12 * 0.1 and remaining < 0.07 * avoidable
 
 
 @pytest.mark.parametrize("transforms", [PUBLISHED, train_transforms(crop=False)], ids=["published", "no crop"])
-@pytest.mark.parametrize("batch_size, world_size, limit", [(2, 1, 0.2), (8, 1, 0.2), (2, 4, 0.1)])
+@pytest.mark.parametrize("batch_size, world_size, limit", [(2, 1, 0.16), (8, 1, 0.16), (2, 4, 0.065)])
 def test_training_batches_leave_a_part_of_the_padding(transforms, batch_size, world_size, limit):
     sizes = formats(512, seed=3)
     parts = all_draws(sizes, batch_size, world_size, transforms=transforms)

@@ -1,5 +1,6 @@
 """Backbones of timm: what every family has to do, against timm's own classification models; exactness of those that claim
 it, with all weights drawn; names, weights and errors without a network."""
+import argparse
 import random
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from detr import checkpoint
-from detr.backbone import pvt, timm_model
-from detr.backbone.timm_model import Exact, FrozenBatchNorm, Inexact, TimmBody, timm_names
+from detr.backbone import build_body, pvt, resnet, timm_model
+from detr.backbone.timm_model import FrozenBatchNorm, TimmBody, timm_names
+from detr.exact_mode import Exact, Inexact
 
 warnings.filterwarnings("ignore", category=UserWarning, module="timm")
 # One small model of each family; those of ONE_SIZE are made for one size of images.
@@ -147,6 +149,7 @@ def test_an_image_does_not_see_its_batch(name):
         for image, (h, w) in zip(images, sizes):
             image[:, :h, :w] = torch.randn(3, h, w, dtype=torch.float64)
         maps = body(images, sizes)
+        assert all(x.isfinite().all() for x in maps)            # outside, too
         for i, (h, w) in enumerate(sizes):
             alone = body(images[i:i + 1, :, :h, :w])
             assert body.extents((h, w)) == [tuple(x.shape[-2:]) for x in alone]
@@ -154,7 +157,6 @@ def test_an_image_does_not_see_its_batch(name):
                 scale = wanted.abs().max().item()
                 assert scale > 0
                 torch.testing.assert_close(x[i, :, :rows, :columns], wanted[0], atol=1e-9 * scale, rtol=0)
-                assert (x[i, :, rows:] == 0).all() and (x[i, :, :, columns:] == 0).all()
 
 
 def test_every_exact_family_is_tested():
@@ -204,11 +206,12 @@ def test_two_ways_to_a_resolution_are_refused():
 
 
 @pytest.mark.parametrize("layer", [
-    nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, 2, ceil_mode=True,
-                                                                                      count_include_pad=False),
-    nn.AvgPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 2),
-    nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Conv2d(4, 6, 3, 2, 2, dilation=2), nn.Conv2d(4, 6, 2, 2),
-    nn.Conv2d(4, 6, (1, 7), padding=(0, 3)), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((1, 1)),
+    nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(3, 2, ceil_mode=True),
+    nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.AvgPool2d(3, 1, 1, divisor_override=4),
+    nn.AvgPool2d((5, 3), (3, 1), (2, 0), count_include_pad=False), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((1, 1)),
+    nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2, 2),
+    nn.MaxPool2d((3, 5), 1, (1, 2)), nn.MaxPool2d(3, 1, 1, dilation=2), nn.Conv2d(4, 6, 3, 2, 2, dilation=2),
+    nn.Conv2d(4, 6, 2, 2), nn.Conv2d(4, 6, (1, 7), padding=(0, 3)), nn.GroupNorm(2, 4), nn.GroupNorm(2, 4, affine=False),
 ], ids=str)
 @torch.no_grad()
 def test_layers(layer):
@@ -216,9 +219,12 @@ def test_layers(layer):
     layer = layer.double()
     for height in range(5, 13):
         sizes = [(height, 7), (5, 12), (7, 9)]
-        images = torch.randn(3, 4, 13, 14, dtype=torch.float64)
+        images = torch.randn(3, 4, 13, 14, dtype=torch.float64) - 5             # below what pads
+        for image, (h, w) in zip(images, sizes):
+            image[:, h:], image[:, :, w:] = 1e3, 1e3
         with Exact(images, sizes) as mode:
             out = layer(images)
+        assert out.isfinite().all()
         for i, (h, w) in enumerate(sizes):
             alone = layer(images[i:i + 1, :, :h, :w])[0]
             rows, columns = alone.shape[-2:]
@@ -227,22 +233,48 @@ def test_layers(layer):
             torch.testing.assert_close(out[i, :, :rows, :columns], alone, atol=1e-12, rtol=0)
 
 
-def test_gradients_do_not_see_the_batch():
-    body, sizes = draw(TimmBody("seresnet33ts")), [(45, 70), (64, 33)]
-    images = torch.randn(2, 3, 66, 71, dtype=torch.float64, requires_grad=True)
+def test_batch_norm_of_averages():
+    """In training, of squeezed maps ``[B, C, 1, 1]``, outside of which nothing lies."""
+    torch.manual_seed(0)
+    x, sizes, ours, theirs = torch.randn(3, 4, 9, 11), [(9, 8), (7, 11), (2, 3)], nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    with Exact(x, sizes):
+        out = ours(x.mean((2, 3), keepdim=True))
+    averages = torch.stack([image[:, :h, :w].mean((1, 2)) for image, (h, w) in zip(x, sizes)])[..., None, None]
+    torch.testing.assert_close(out, theirs(averages))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("name", ["seresnet33ts", "resnet26"])                  # squeeze-and-excitation; maximum pooling
+def test_gradients_do_not_see_the_batch(name):
+    body, sizes = draw(TimmBody(name)), [(45, 150), (150, 33)]
+    images = torch.randn(2, 3, 151, 156, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(1, channels, 1, 1, dtype=torch.float64) for channels in body.channels]
 
     def gradients(outputs):
         loss = sum((x.sin() * weight).sum() for maps in outputs for x, weight in zip(maps, weights))
         return torch.autograd.grad(loss, [images, *body.parameters()])
 
-    together = gradients([body(images, sizes)])
+    together = gradients([[x[i:i + 1, :, :h, :w] for x, (h, w) in zip(maps, body.extents(size))]
+                          for maps in [body(images, sizes)] for i, size in enumerate(sizes)])
     separate = gradients([body(images[i:i + 1, :, :h, :w]) for i, (h, w) in enumerate(sizes)])
     for gradient, wanted in zip(together, separate):
         torch.testing.assert_close(gradient, wanted, atol=1e-9 * wanted.abs().max().item(), rtol=0)
 
 
 # Options
+
+@pytest.mark.parametrize("name", ["resnet18", "pvt_tiny", "pvt_v2_b0", "timm/resnet10t", "timm/levit_128s"])
+def test_what_every_body_states(name):
+    """What callers ask of any body, without knowing its family."""
+    body = build_body(name, "frozen", False)
+    body.keep(2)
+    assert body.exact == (body.inexact == "") and len(body.channels) == len(body.strides) == len(body.stages) == 2
+    assert body.only == ((224, 224) if name == "timm/levit_128s" else None)
+    assert body.unused([0, 1]) == [] and body.get_parameter(body.first_layer).shape[1] == 3
+    file = {key.removeprefix("net."): x for key, x in body.state_dict().items()}
+    renamed, left_out = body.renamed(file)
+    assert list(renamed) == list(body.state_dict()) and left_out == [] and isinstance(body.classifier, tuple)
+
 
 def test_frozen_norms():
     """Fixed statistics and parameters under the old names, here in training mode."""
@@ -267,6 +299,19 @@ def test_frozen_norms_of_every_kind():
         for value in (norm.running_mean, norm.running_var):
             value.uniform_(0.5, 2)
         torch.testing.assert_close(FrozenBatchNorm(norm).train()(x), norm.eval()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_frozen_norms_are_ours():
+    """To the last bit, those of our ResNets."""
+    norm, ours, x = nn.BatchNorm2d(64), resnet.FrozenBatchNorm2d(64), torch.randn(2, 64, 9, 11)
+    for value in norm.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.1, 2)
+    ours.load_state_dict(norm.state_dict())
+    theirs = FrozenBatchNorm(norm)
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    for images in (x, x.bfloat16(), x.double()):
+        assert torch.equal(theirs(images), ours(images))
 
 
 def test_trainable_norms():
@@ -342,6 +387,27 @@ def test_unknown_names():
     assert len(names) > 900 and {*FAMILIES, *ONE_SIZE, *EXACT, *MORE_EXACT} <= set(names) <= set(timm.list_models())
 
 
+def test_a_model_without_maps(monkeypatch):
+    """What timm says of it, and the nearest that have some."""
+    sketch = timm_model.sketch
+
+    def refusing(name, **options):
+        if name.partition(".")[0] in ("resnet34", "resnet34d"):
+            raise RuntimeError(f"features_only not implemented for {name}.")
+        return sketch(name, **options)
+
+    monkeypatch.setattr(timm_model, "sketch", refusing)
+    timm_model.plan_of.cache_clear()
+    with pytest.raises(ValueError) as error:
+        TimmBody("timm/resnet34.a1_in1k")
+    said, _, named = str(error.value).partition("; it has some of ")
+    assert said == ("--backbone timm/resnet34.a1_in1k: timm has no feature maps of this model (features_only not "
+                    "implemented for resnet34.a1_in1k.)")
+    named = named.split(", ")
+    assert len(named) > 2 and "timm/resnet50" in named and all("res" in name for name in named)
+    assert {name.removeprefix("timm/") for name in named} <= {*timm_names()} - {"resnet34", "resnet34d"}
+
+
 def test_statistics():
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert timm_model.statistics("timm/resnet50") == imagenet
@@ -375,8 +441,28 @@ def test_weights_of_an_address(hub, tmp_path):
         assert source == url and list(found) == ["weight"] and torch.equal(found["weight"], weights["weight"])
     assert hub == [url] * 3
     torch.save({"model": subprocess.Popen}, tmp_path / url.rpartition("/")[2])
-    with pytest.raises(ValueError, match=f"{url} is damaged, or holds more than weights"):
+    with pytest.raises(ValueError, match=f"{url} holds more than weights: reading it would run .*Popen"):
         timm_model.pretrained("timm/convnext_atto.d2_in1k")
+
+
+def test_files_of_timms_own_training(tmp_path, capsys):
+    """As its training script writes them, with and without an average of the weights, which is what it reads, too."""
+    torch.manual_seed(0)
+    model, average = timm.create_model("resnet10t"), timm.utils.ModelEmaV2(timm.create_model("resnet10t"))
+    flags = argparse.Namespace(model="resnet10t", lr=0.1, input_size=(3, 176, 176))
+    for ema, entry in ((None, "state_dict"), (average, "state_dict_ema")):
+        saver = timm.utils.CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), flags, ema,
+                                           checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+        saver.save_checkpoint(3, 71.5)
+        body, file = TimmBody("timm/resnet10t"), str(tmp_path / "last.pth.tar")
+        checkpoint.load_backbone(body, checkpoint.load(file)["model"], file)
+        wanted = timm.models.load_state_dict(file)
+        assert torch.equal(wanted["conv1.0.weight"], torch.load(file, weights_only=False)[entry]["conv1.0.weight"])
+        assert all(torch.equal(x, wanted[name.removeprefix("net.")]) for name, x in body.state_dict().items())
+        out = capsys.readouterr().out
+        assert "left out fc.weight, fc.bias" in out
+        assert (f"{file}: took the average of the weights over training, state_dict_ema, not state_dict" in out) \
+            == (ema is not None)
 
 
 def test_weights_of_the_hub(hub, tmp_path, monkeypatch):
@@ -421,3 +507,17 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"):
         TimmBody("timm/resnet10t")
+
+
+def test_batch_norm_in_training_leaves_padding_out():
+    """What the running statistics learn of a padded batch is what they learn of its pixels without padding."""
+    torch.manual_seed(0)
+    bodies = [TimmBody("timm/resnet10t", norm="batch").train() for _ in range(2)]
+    bodies[1].load_state_dict(bodies[0].state_dict())
+    images = torch.randn(2, 3, 64, 96)
+    padded = F.pad(images, (0, 32, 0, 64), value=7.0)
+    alone, together = bodies[0](images, [(64, 96)] * 2), bodies[1](padded, [(64, 96)] * 2)
+    for a, b in zip(alone, together):
+        torch.testing.assert_close(b[..., :a.shape[-2], :a.shape[-1]], a, rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(bodies[0].state_dict().items(), bodies[1].state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)

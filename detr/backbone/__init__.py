@@ -3,19 +3,22 @@
 The contract of a family: ``body(images [B, C, H, W], sizes=None)`` returns a list of maps ``[B, channels[i],
 H / strides[i], W / strides[i]]`` (rounded up, or down where patches do not overlap), finest first. It states
 ``channels`` and ``strides``, ``stages`` (how the names of each map's parameters begin), ``classifier`` (what only
-classification files have), ``first_layer`` (the weight that sees the image), and can ``keep`` its first maps only. Where
-``exact`` is True, ``sizes`` are the images' extents in the batch, and what lies outside of them changes nothing inside
-``extents(size)``. A family is one file here and one line of ``FAMILIES``.
+classification files have), ``first_layer`` (the weight that sees the image) and ``only`` (the one size that it takes, or
+None). It can ``keep`` its first maps only, names the parameters that are ``unused`` where some maps are, and has files
+``renamed`` to its own names. Where ``exact`` is True, ``sizes`` are the images' extents in the batch, and what lies
+outside of them changes nothing inside ``extents(size)``; outside, maps are arbitrary, but finite. ``inexact`` says why
+it is not. A family is one file here and one line of ``FAMILIES``.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
-from .. import checkpoint
+from .. import checkpoint, distributed
 from ..config import ModelConfig, shown
 from ..nested_tensor import NestedTensor, resize_mask
 from ..padding import valid_mask
@@ -48,14 +51,14 @@ class Backbone(nn.Module):
 
     def __init__(self, body: Any, levels: Sequence[int], exact: bool = False) -> None:
         super().__init__()
-        levels = [i % len(body.strides) for i in levels]
+        levels = [i if i >= 0 else i + len(body.strides) for i in levels]
         body.keep(max(levels) + 1)
-        if hasattr(body, "unused"):             # where maps are made side by side (HRNet), some parameters go to others
-            for name in body.unused(levels):
-                body.get_parameter(name).requires_grad_(False)
+        for name in body.unused(levels):            # where maps are made side by side (HRNet), some go into others alone
+            body.get_parameter(name).requires_grad_(False)
         self.body, self.levels = body, levels
         self.exact = exact and body.exact
         self.inexact: str = body.inexact if exact and not body.exact else ""
+        self.frozen_stages = 0                          # what ``freeze`` has fixed, the stem with the first
         self.channels: list[int] = [body.channels[i] for i in levels]
         self.strides: list[int] = [body.strides[i] for i in levels]
 
@@ -91,8 +94,10 @@ def build_body(name: str, norm: str, dilation: bool, in_channels: int = 3) -> An
     if name.startswith(TIMM):
         return timm_model.TimmBody(name, norm, dilation, in_channels)
     if name not in FAMILIES:
-        raise ValueError(f"backbone {name!r} is not known; use one of {', '.join(FAMILIES)}, or "
-                         f"timm/NAME with one of timm's")
+        theirs = TIMM + name if name.partition(".")[0] in timm_model.timm_names() else None
+        hint = f"did you mean {theirs}? There" if theirs else "there"
+        raise ValueError(f"--backbone {name} is not known; {hint} are {', '.join(FAMILIES)}, and timm/NAME for "
+                         f"timm's")
     return FAMILIES[name](name, norm, dilation, in_channels)
 
 
@@ -102,14 +107,22 @@ def build_backbone(config: ModelConfig, default: Callable[[list[int]], Sequence[
     body = build_body(config.backbone, config.backbone_norm, config.dilation, config.in_channels)
     levels = default(body.strides) if config.feature_strides is None else \
         maps_of(config.feature_strides, body.strides, config.backbone, most)
+    if -min(levels) > len(body.strides):
+        raise ValueError(f"--backbone {config.backbone} has {len(body.strides)} map, and this model needs "
+                         f"{-min(levels)}; use another backbone")
     backbone = Backbone(body, levels, config.padding == "exact")
-    freeze(backbone, 0 if config.from_scratch else config.frozen_stages, config.lr_backbone)
+    stages = config.frozen_stages
+    if stages is None:
+        stages = min(1, len(body.stages) - 1)
+    freeze(backbone, 0 if config.from_scratch else stages, config.lr_backbone)
     return backbone
 
 
 def maps_of(wanted: Sequence[int], strides: Sequence[int], name: str, most: int) -> list[int]:
     """Which maps have the ``wanted`` strides; of two with the same stride (DC5), the deeper one."""
     flag = f"--feature_strides {shown(tuple(wanted))}"
+    if not wanted:
+        raise ValueError("--feature_strides: at least one stride is needed, such as 32")
     if missing := [stride for stride in wanted if stride not in strides]:
         raise ValueError(f"{flag}: {name} has no map of stride {missing[0]}; it has {shown(tuple(strides))}")
     if any(b <= a for a, b in zip(wanted, wanted[1:])):
@@ -118,6 +131,24 @@ def maps_of(wanted: Sequence[int], strides: Sequence[int], name: str, most: int)
         raise ValueError(f"{flag}: {len(wanted)} strides, and this model has room for {most}; for several, use a "
                          f"Deformable DETR with --num_feature_levels {len(wanted)} or more")
     return [max(i for i, stride in enumerate(strides) if stride == one) for one in wanted]
+
+
+def scratch_norm(name: str) -> str:
+    """The flag, if one is needed, that lets a backbone's normalisation train from random weights."""
+    if not has_statistics(name):
+        return ""
+    return "--backbone_norm batch" if name.startswith(TIMM) else "--backbone_norm group"
+
+
+def fitting_norm(config: ModelConfig, asked: Collection[str]) -> ModelConfig:
+    """``config`` with a normalisation that its backbone has: a preset's trainable batch norm means nothing to a backbone
+    that the user named and that has none. Said; one that was ``asked`` for is never replaced."""
+    if "backbone" not in asked or "backbone_norm" in asked or config.backbone_norm == "frozen" or \
+            has_statistics(config.backbone):
+        return config
+    distributed.say(f"{config.backbone} has no batch norms: the preset's --backbone_norm {config.backbone_norm} is left "
+                    f"out")
+    return dataclasses.replace(config, backbone_norm="frozen")
 
 
 def has_statistics(name: str) -> bool:
@@ -164,9 +195,10 @@ def body_of(model: nn.Module) -> nn.Module:
 
 def freeze(backbone: Backbone, stages: int, lr_backbone: float) -> None:
     """Fix the first ``stages`` of a backbone, the stem with the first; or all of it where its learning rate is 0."""
-    if stages > len(backbone.body.stages) and lr_backbone > 0:
-        raise ValueError(f"--frozen_stages {stages}: the backbone has {len(backbone.body.stages)} stages that are used; "
-                         f"to freeze all of it, use --lr_backbone 0")
+    if stages >= len(backbone.body.stages) and lr_backbone > 0:
+        raise ValueError(f"--frozen_stages {stages} would freeze all of the backbone, of which "
+                         f"{len(backbone.body.stages)} stages are used: give fewer, or say so with --lr_backbone 0")
+    backbone.frozen_stages = stages
     fixed = tuple(prefix for stage in backbone.body.stages[:stages] for prefix in stage)
     for name, parameter in backbone.body.named_parameters():
         if lr_backbone <= 0 or name.startswith(fixed):

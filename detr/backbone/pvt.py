@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import padding
 from ..padding import Size as Extent
+from ..padding import Window, adaptive_average, check_sizes, unpadded, valid_mask, where, zeroed
 
 CELLS = 7                       # of the linear attention's average pooling, a side
 PRETRAINED = (56, 28, 14, 7)    # sides of v1's position embeddings: images of 224 x 224
@@ -69,18 +69,15 @@ class Grid(NamedTuple):
 
 def make_grid(x: Tensor, height: int, width: int, sizes: Sequence[Extent] | None, reduction: int, linear: bool) -> Grid:
     """The grid of tokens ``x [B, height * width, D]`` with the extents ``sizes`` (None: no padding)."""
-    if sizes is None or padding.unpadded(sizes, height, width):
+    if sizes is None or unpadded(sizes, height, width):
         return Grid(height, width)
-    outside = (~padding.valid_mask(sizes, height, width)).flatten().nonzero()[:, 0].to(x.device)
+    outside = (~valid_mask(sizes, height, width)).flatten().nonzero()[:, 0].to(x.device)
     if linear:
         rows, columns = zip(*sizes)
-        return Grid(height, width, outside, cells=(padding.adaptive_average(rows, height, CELLS, x),
-                                                   padding.adaptive_average(columns, width, CELLS, x)))
-
-    def reduced(length: int) -> int:
-        return padding.conv_size(length, reduction, reduction)
-
-    keys = padding.valid_mask([(reduced(h), reduced(w)) for h, w in sizes], reduced(height), reduced(width), x.device)
+        return Grid(height, width, outside, cells=(adaptive_average(rows, height, CELLS, x),
+                                                   adaptive_average(columns, width, CELLS, x)))
+    window = Window((reduction, reduction), (reduction, reduction))
+    keys = valid_mask(window.sizes(sizes), *window.sizes([(height, width)])[0], x.device)
     return Grid(height, width, outside, keys.flatten(1)[:, None, None])
 
 
@@ -229,9 +226,10 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, sizes: Sequence[Extent] | None) -> tuple[Tensor, int, int, list[Extent] | None]:
-        """``x [B, C, H, W]``, zero outside its extents ``sizes`` -> tokens, height, width, and extents there."""
+        """``x [B, C, H, W]`` with extents ``sizes``, zero outside where patches overlap -> tokens, height, width, and
+        extents there."""
         x = self.proj(x)
-        return (self.norm(to_tokens(x)), *x.shape[-2:], None if sizes is None else padding.layer_sizes(self.proj, sizes))
+        return self.norm(to_tokens(x)), *x.shape[-2:], None if sizes is None else Window.of(self.proj).sizes(sizes)
 
 
 def attention_of(size: Size, stage: int) -> Attention:
@@ -260,16 +258,17 @@ def refuse(name: str, norm: str, dilation: bool) -> None:
 
 def begin(images: Tensor, sizes: Sequence[Extent] | None, smallest: int) -> tuple[Tensor, list[Extent] | None]:
     """The images with zeros outside their ``sizes``, and these, checked."""
-    checked = None if sizes is None else padding.check_sizes(images, sizes)
+    checked = None if sizes is None else check_sizes(images, sizes)
     for i, (h, w) in enumerate([tuple(images.shape[-2:])] if checked is None else checked):
         if min(h, w) < smallest:
             raise ValueError(f"image {i} is {h} x {w}, and a spatial reduction of this backbone would have no token of "
                              f"it: pad images to at least 32 pixels a side first, alone and in batches")
-    return images if checked is None else padding.zero_outside(images, checked), checked
+    return zeroed(images, where(images, checked)), checked
 
 
 def end(x: Tensor, grid: Grid) -> Tensor:
-    """A stage's tokens as its map, zero outside the extents."""
+    """A stage's tokens ``[B, S, D]`` as its map, with zeros where there is no image: v2's overlapping patches of the next
+    stage read them."""
     if grid.outside is not None:
         x = x.flatten(0, 1).index_fill(0, grid.outside, 0.0).view_as(x)
     return to_map(x, grid)
@@ -277,7 +276,8 @@ def end(x: Tensor, grid: Grid) -> Tensor:
 
 class Pyramid(nn.Module):
     """What v1 and v2 share: four stages and the way through them."""
-    exact, first_layer = True, "patch_embed1.proj.weight"
+    exact, inexact, only = True, "", None
+    first_layer = "patch_embed1.proj.weight"
     size: Size
     channels: list[int]
     strides: list[int]
@@ -293,6 +293,14 @@ class Pyramid(nn.Module):
         """Tokens ``[B, S, D]`` on their way out of the blocks."""
         return x
 
+    def unused(self, maps: Sequence[int]) -> list[str]:
+        """Parameters that none of these maps depends on, once ``keep`` has dropped the stages behind them: none."""
+        return []
+
+    def renamed(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A classification file's tensors, whose names are ours, and what it has under others: nothing."""
+        return state_dict, []
+
     def keep(self, maps: int) -> None:
         """Drop the stages after the first ``maps``; files have them all the same."""
         dropped = [prefix for stage in self.stages[maps:] for prefix in stage]
@@ -305,7 +313,7 @@ class Pyramid(nn.Module):
         """(height, width) of each map of an image of ``size``, by the formula of each patch embedding."""
         extents = [size]
         for i in range(len(self.stages)):
-            extents += padding.layer_sizes(getattr(self, f"patch_embed{i + 1}").proj, extents[-1:])
+            extents += Window.of(getattr(self, f"patch_embed{i + 1}").proj).sizes(extents[-1:])
         return extents[1:]
 
     def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
@@ -313,7 +321,8 @@ class Pyramid(nn.Module):
         padding for a part of the image.
 
         ``sizes`` are (height, width) of the images in the batch, whatever lies outside: each image's maps are then those
-        of the image alone inside ``extents(size)``, and zero outside. ValueError for sides below ``smallest``.
+        of the image alone inside ``extents(size)``, and arbitrary, but finite, outside. ValueError for sides below
+        ``smallest``.
         """
         x, sizes = begin(images, sizes, self.smallest)
         maps = []

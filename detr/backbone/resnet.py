@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import padding
 from ..padding import Size as Extent
-from ..padding import Where, normalised, through, where, zeroed
+from ..padding import Where, Window, check_sizes, normalised, through, where, zeroed
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -143,7 +142,8 @@ class ResNet(nn.Module):
     ``dilation`` gives the last stage the resolution of the one before (DC5; Carion et al., 2020, section 4): stride 1,
     its first block undilated and the others dilated by 2.
     """
-    exact, first_layer = True, "conv1.weight"
+    exact, inexact, only = True, "", None
+    first_layer = "conv1.weight"
     classifier: tuple[str, ...] = ("fc.weight", "fc.bias")
 
     def __init__(self, name: str, norm: str = "frozen", dilation: bool = False, in_channels: int = 3) -> None:
@@ -182,6 +182,14 @@ class ResNet(nn.Module):
             delattr(self, f"layer{i + 1}")
         del self.channels[maps:], self.strides[maps:], self.stages[maps:]
 
+    def unused(self, maps: Sequence[int]) -> list[str]:
+        """Parameters that none of these maps depends on, once ``keep`` has dropped the stages behind them: none."""
+        return []
+
+    def renamed(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A classification file's tensors, whose names are ours, and what it has under others: nothing."""
+        return state_dict, []
+
     def strided(self, i: int) -> nn.Conv2d:
         """The convolution that decides the size of stage ``i``'s map; the 1x1 convolution beside it comes to the same."""
         block = getattr(self, f"layer{i + 1}")[0]
@@ -192,7 +200,7 @@ class ResNet(nn.Module):
         layers: list[Any] = [self.conv1, self.maxpool, *map(self.strided, range(len(self.stages)))]
         sizes = [size]
         for layer in layers:
-            sizes += padding.layer_sizes(layer, sizes[-1:])
+            sizes += Window.of(layer).sizes(sizes[-1:])
         return sizes[3:]
 
     def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
@@ -206,7 +214,7 @@ class ResNet(nn.Module):
         # otherwise than the published runs: after ten training steps gradients differ by 1e-3 instead of 4e-5.
         if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             images = images.contiguous(memory_format=torch.channels_last)
-        at = where(images, None if sizes is None else padding.check_sizes(images, sizes))
+        at = where(images, None if sizes is None else check_sizes(images, sizes))
         x, at = self.conv1(zeroed(images, at)), through(self.conv1, at)
         x = F.relu(normalised(self.bn1, x, at))
         x, at = self.maxpool(zeroed(x, at)), through(self.maxpool, at)          # after a ReLU, zero is as good as -inf

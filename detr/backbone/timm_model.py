@@ -11,17 +11,17 @@ import difflib
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from .. import checkpoint
-from ..padding import Size, Where, check_sizes, masked_group_norm, zeroed
+from ..exact_mode import Exact, Inexact
+from ..padding import Size, Window, check_sizes, zeroed
 
 PREFIX = "timm/"
 NO_MAPS = ("gemma4_vit",)       # modules of timm whose models' maps cannot be found out on a sketch
@@ -79,12 +79,12 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def pretrained(name: str) -> tuple[dict[str, Any], str]:
     """A model's published weights, fetched where they are not in the cache, and where they come from.
 
-    From the address that timm has, or else from the Hugging Face hub. Nothing of a file is run. ValueError where there
-    are none (it names the tags that have some), OSError without a network.
+    From the address that timm has, or else from the Hugging Face hub, read by ``checkpoint.load``. ValueError where there
+    are none (it names the tags that have some) or the file is not what it should be, OSError without a network.
     """
     found, timm = configuration(name), library()
     if found.url and not found.url.endswith(".npz"):            # what is in JAX's format, the hub has in PyTorch's
-        return _weights(str(checkpoint.fetch(found.url)), found.url), found.url
+        return checkpoint.load(found.url)["model"], found.url
     if found.hf_hub_id and found.custom_load != "hf":
         return _from_hub(found.hf_hub_id, found.hf_hub_filename)
     bare = name.removeprefix(PREFIX)
@@ -112,27 +112,9 @@ def _from_hub(repository: str, file: str | None) -> tuple[dict[str, Any], str]:
         except OSError as error:                                # its errors of the network are OSErrors
             raise OSError(f"cannot download {source}: {error}. Without a network, fetch it elsewhere and give the path "
                           f"of the file") from error
-        return _weights(path, source), source
+        return checkpoint.load(path)["model"], source
     raise ValueError(f"{repository} on the Hugging Face hub has neither {safe} nor {wanted}; fetch a file of its weights "
                      f"and give its path")
-
-
-def _weights(path: str, source: str) -> dict[str, Any]:
-    """The state_dict in a file, whichever entry it is under."""
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file  # here alone: a dependency of timm's
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:              # the bytes of a broken file can make the reader stumble in any way
-        raise ValueError(f"{source} is damaged, or holds more than weights ({type(error).__name__}); nothing was run. "
-                         f"Take another tag of this model, or give a file with the tensors alone") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 # Normalisation
@@ -140,7 +122,10 @@ def _weights(path: str, source: str) -> dict[str, Any]:
 class FrozenBatchNorm(nn.Module):
     """A batch normalisation of timm's, and the activation it may end with, with fixed statistics and fixed affine
     parameters, all of them buffers under the names they had. In lower precision it stays in the precision of its input,
-    where timm's own would go back to float32."""
+    where timm's own would go back to float32.
+
+    A class beside ``resnet.FrozenBatchNorm2d``, since timm's may have no affine parameters, read vectors ``[B, C]``, and
+    carry dropout and activation under the one name."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -167,180 +152,12 @@ class FrozenBatchNorm(nn.Module):
 
 
 def freeze_batch_norms(module: nn.Module) -> None:
+    """Put a ``FrozenBatchNorm`` in the place of every batch normalisation inside ``module``."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             setattr(module, name, FrozenBatchNorm(child))
         else:
             freeze_batch_norms(child)
-
-
-# Exact padding
-
-class Inexact(Exception):
-    """What a model does that is not known to be exact."""
-
-
-class Window(NamedTuple):
-    """The positions that a convolution or pooling reads for each of its outputs."""
-    kernel: Size
-    stride: Size
-    padding: Size
-    dilation: Size = (1, 1)
-    ceil: bool = False          # a last window that is not whole counts, too
-
-    def sizes(self, sizes: Sequence[Size]) -> list[Size]:
-        return [(self.length(h, 0), self.length(w, 1)) for h, w in sizes]
-
-    def length(self, n: int, axis: int) -> int:
-        kernel, stride, pad, dilation = (side[axis] for side in self[:4])
-        room = n + 2 * pad - dilation * (kernel - 1) - 1
-        out = (-(-room // stride) if self.ceil else room // stride) + 1
-        out -= self.ceil and (out - 1) * stride >= n + pad     # the last window has to begin inside
-        return max(out, 1)
-
-
-def pair(value: Any) -> Size:
-    if isinstance(value, str):
-        raise Inexact(f"padding {value!r}")
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-class Exact(TorchFunctionMode):
-    """Runs a network of convolutions so that each image of a padded batch has the result of the image alone.
-
-    While it is active, every function of PyTorch that the network calls comes here first. Where one looks beyond a
-    position, what it reads outside the images' extents is made what it would read past the border of an image alone; a
-    function of single positions is called as it is; for any other ``Inexact`` is raised. So that no network passes whose
-    functions are not all known. A map is known by its height and width: ``at`` has the extents of all resolutions so far,
-    and ``windows`` how each came from the images.
-
-    Batch normalisation in training takes its statistics over the whole batch, padding included, here as without.
-    """
-
-    def __init__(self, images: Tensor, sizes: Sequence[Size]) -> None:
-        super().__init__()
-        shape = (images.shape[-2], images.shape[-1])
-        self.at: dict[Size, Where] = {shape: Where.of(sizes, shape, images.device)}
-        self.windows: dict[Size, list[Window]] = {shape: []}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
-        if name in SPATIAL:
-            return SPATIAL[name](self, func, *args, **kwargs)
-        if name in POSITIONS or name in VIEWS and not self.is_map(args[0]):
-            return func(*args, **kwargs)
-        raise Inexact(name)
-
-    def find(self, x: Tensor) -> Where:
-        """Where the images are in ``x [B, C, H, W]``."""
-        at = self.at.get((x.shape[-2], x.shape[-1])) if x.ndim == 4 else None
-        if at is None:
-            raise Inexact(f"a tensor {list(x.shape)} that did not come from the images by windows")
-        return at
-
-    def is_map(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.ndim > 2 and x.shape[-2:] != (1, 1)
-
-    def read(self, x: Tensor, window: Window, outside: float) -> Tensor:
-        """``x`` with the value ``outside`` the extents that ``window`` reads past the border of an image alone."""
-        at = self.find(x)
-        past_the_border = max(window.padding) > 0 or window.ceil
-        return x.masked_fill(at.outside, outside) if past_the_border and at.outside is not None else x
-
-    def write(self, x: Tensor, window: Window, out: Tensor) -> Tensor:
-        """Note where the images are in ``out``, which ``window`` made of ``x``."""
-        shape, at = (out.shape[-2], out.shape[-1]), self.find(x)
-        sizes = window.sizes(at.sizes)
-        if window.sizes([at.shape]) != [shape] or self.at.get(shape, at).sizes != sizes and shape in self.at:
-            raise Inexact(f"maps of {shape[0]} x {shape[1]} that came about in two ways")
-        if shape not in self.at:
-            self.at[shape] = Where.of(sizes, shape, at.device)
-            self.windows[shape] = [*self.windows[at.shape], window]
-        return out
-
-    def conv2d(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-               dilation: Any = 1, groups: int = 1) -> Tensor:
-        window = Window((weight.shape[-2], weight.shape[-1]), pair(stride), pair(padding), pair(dilation))
-        if window[:3] == ((1, 1), (1, 1), (0, 0)):
-            return func(x, weight, bias, stride, padding, dilation, groups)
-        return self.write(x, window, func(self.read(x, window, 0.0), weight, bias, stride, padding, dilation, groups))
-
-    def max_pool2d(self, func: Any, x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-                   ceil_mode: bool = False, return_indices: bool = False) -> Tensor:
-        window = Window(pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode)
-        values = self.read(x, window, float("-inf"))
-        return self.write(x, window, func(values, kernel_size, stride, padding, dilation, ceil_mode))
-
-    def avg_pool2d(self, func: Any, x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0,
-                   ceil_mode: bool = False, count_include_pad: bool = True,
-                   divisor_override: int | None = None) -> Tensor:
-        window = Window(pair(kernel_size), pair(stride or kernel_size), pair(padding), ceil=ceil_mode)
-        options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-        values, outside = self.read(x, window, 0.0), self.find(x).outside
-        out = func(values, *options)
-        if values is not x and (ceil_mode or not count_include_pad):
-            if ceil_mode and count_include_pad and max(window.padding) > 0 or divisor_override:
-                raise Inexact("avg_pool2d with ceil_mode that counts padding")
-            share = func((~outside).to(x.dtype), *options)      # type: ignore[operator]    # of each window, how much counts
-            out = out / share.masked_fill(share == 0, 1)
-        return self.write(x, window, out)
-
-    def mean(self, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
-        axes = {axis % x.ndim for axis in ((dim,) if isinstance(dim, int) else dim or range(x.ndim))}
-        if x.ndim != 4 or axes not in ({2, 3}, {1}):
-            raise Inexact(f"mean of a tensor {list(x.shape)} over {dim}")
-        at = self.find(x)
-        if axes == {1} or at.outside is None:
-            return func(x, dim, keepdim, **options)
-        area = torch.tensor([h * w for h, w in at.sizes], device=x.device)[:, None, None, None]
-        out = (zeroed(x, at).sum((2, 3), keepdim=True) / area).to(x.dtype)
-        return out if keepdim else out[:, :, 0, 0]
-
-    def adaptive_avg_pool2d(self, func: Any, x: Tensor, output_size: Any) -> Tensor:
-        if pair(output_size) != (1, 1):
-            raise Inexact("adaptive_avg_pool2d to more than one cell")
-        return self.mean(torch.mean, x, (2, 3), True)
-
-    def group_norm(self, func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-                   eps: float = 1e-5) -> Tensor:
-        norm = nn.GroupNorm(num_groups, x.shape[1], eps, affine=False)
-        out = masked_group_norm(x, norm, self.find(x).sizes)
-        out = out if weight is None else out * weight[:, None, None]
-        return out if bias is None else out + bias[:, None, None]
-
-    def last_axis(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Linear layers and layer norm: of the channels of maps with the channels last, or of one vector an image."""
-        if x.ndim != 2 and not (x.ndim == 4 and (x.shape[1], x.shape[2]) in self.at):
-            raise Inexact(f"{func.__name__} of a tensor {list(x.shape)}")
-        return func(x, *args, **kwargs)
-
-    def of_channels(self, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """``cat``, ``split`` and ``chunk`` along the channels."""
-        dim = kwargs.get("dim", args[-1] if len(args) == 1 + (func.__name__ != "cat") else 0)
-        if dim not in (1, -3) or (x if isinstance(x, Tensor) else x[0]).ndim != 4:
-            raise Inexact(f"{func.__name__} along axis {dim}")
-        return func(x, *args, **kwargs)
-
-    def getitem(self, func: Any, x: Tensor, index: Any) -> Tensor:
-        rest = (index[0], *index[2:]) if isinstance(index, tuple) else (index,)
-        if self.is_map(x) and any(part != slice(None) for part in rest):
-            raise Inexact("a part of a map")
-        return func(x, index)
-
-
-SPATIAL: dict[str, Callable[..., Any]] = {
-    **{name: getattr(Exact, name) for name in ("conv2d", "max_pool2d", "avg_pool2d", "mean", "adaptive_avg_pool2d",
-                                               "group_norm")},
-    "linear": Exact.last_axis, "layer_norm": Exact.last_axis, "__getitem__": Exact.getitem,
-    "cat": Exact.of_channels, "split": Exact.of_channels, "chunk": Exact.of_channels,
-}
-# Functions of single positions, and those that only move whole axes or ask what a tensor is.
-POSITIONS = frozenset("""
-    add add_ sub sub_ mul mul_ div div_ neg rsqrt sqrt exp square pow clamp clamp_ relu relu_ relu6 leaky_relu leaky_relu_
-    elu silu silu_ gelu mish hardswish hardsigmoid hardtanh hardtanh_ sigmoid sigmoid_ tanh softplus prelu batch_norm
-    dropout __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__ __neg__
-    new_empty bernoulli_ to float type_as contiguous detach permute size dim __get__ __len__ _assert""".split())
-VIEWS = frozenset("view reshape unsqueeze squeeze flatten expand expand_as".split())        # not of maps
 
 
 # The backbone
@@ -425,9 +242,10 @@ def chosen_maps(name: str, dilation: bool, options: dict[str, Any]) -> tuple[Any
     """A sketch with the maps that are used, the last of each stride from ``FINEST`` on, and the options it has."""
     try:
         strides = [one["reduction"] for one in sketch(name, **options).feature_info.info]
-    except RuntimeError as error:
-        raise ValueError(f"--backbone {PREFIX}{name}: timm has no feature maps of this model ({error}); "
-                         f"use one that it has some of, for instance {PREFIX}resnet50") from error
+    except RuntimeError as error:                               # timm's way to say so
+        near = ", ".join(PREFIX + other for other in nearest_with_maps(name))
+        raise ValueError(f"--backbone {PREFIX}{name}: timm has no feature maps of this model ({error}); it has some of "
+                         f"{near}") from error
     last = [i for i, stride in enumerate(strides) if stride >= FINEST and stride not in strides[i + 1:]]
     options = {**options, "out_indices": tuple(last)}
     if not dilation:
@@ -441,6 +259,19 @@ def chosen_maps(name: str, dilation: bool, options: dict[str, Any]) -> tuple[Any
         pass
     raise ValueError(f"--dilation needs a network whose last stage timm can dilate (output_stride), which "
                      f"{PREFIX}{name} is not: leave it out, or use --backbone {PREFIX}resnet50")
+
+
+def nearest_with_maps(name: str) -> list[str]:
+    """Up to four models that have feature maps, of names near to that of one that has none, and ``resnet50``."""
+    def has_maps(other: str) -> bool:
+        try:
+            return bool(sketch(other).feature_info.info)
+        except (RuntimeError, AttributeError):
+            return False
+
+    bare = name.partition(".")[0]
+    near = difflib.get_close_matches(bare, [other for other in timm_names() if other != bare], 8, 0.5)
+    return list(dict.fromkeys([*list(filter(has_maps, near))[:4], "resnet50"]))
 
 
 def parameters_read(net: nn.Module, maps: Sequence[Tensor]) -> list[frozenset[str]]:
@@ -514,8 +345,6 @@ class TimmBody(nn.Module):
     Parameters that no map depends on are deleted, or do not require a gradient where timm's model cannot do without
     them. ``unused`` names those that some of the maps depend on, but not the ones that are asked for.
     """
-    smallest = 32                                                           # pixels a side
-
     def __init__(self, name: str, norm: str = "frozen", dilation: bool = False, in_channels: int = 3) -> None:
         super().__init__()
         self.name, self.norm = name.removeprefix(PREFIX), norm
@@ -589,8 +418,8 @@ class TimmBody(nn.Module):
         the image.
 
         ``sizes`` are (height, width) of the images in the batch, whatever lies outside: each image's maps are then those
-        of the image alone inside ``extents(size)``, and zero outside. ValueError for a model that is not ``exact``, and
-        for images of another size than ``only``.
+        of the image alone inside ``extents(size)``, and arbitrary, but finite, outside. ValueError for a model that is
+        not ``exact``, and for images of another size than ``only``.
         """
         height, width = images.shape[-2:]
         if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -601,8 +430,7 @@ class TimmBody(nn.Module):
             mode = Exact(images, check_sizes(images, sizes))
             images = zeroed(images, mode.at[height, width])
             with mode:
-                maps = maps_of(self.net, images)
-            return [zeroed(x, mode.find(x)) for x in maps]
+                return maps_of(self.net, images)
         if self.only is not None and (height, width) != self.only:
             h, w = self.only
             raise ValueError(f"{PREFIX}{self.name} takes images of {h} x {w} only, and the batch is {height} x {width}: "
@@ -634,7 +462,9 @@ class TimmBody(nn.Module):
             with torch.device("meta"):
                 whole = library().create_model(self.name, pretrained=False, **options)
             converted = self.under_names_here(convert(dict(state_dict), whole))
-        except (RuntimeError, KeyError, AttributeError, TypeError, AssertionError, ValueError):     # not a file it knows
+        # Each of timm's converters takes the names and shapes that it knows for given, and stumbles over another model's
+        # file in its own way. Loading then names what does not fit.
+        except (RuntimeError, KeyError, AttributeError, TypeError, AssertionError, ValueError):
             return direct
         return converted if len(self.lacks(converted[0])) < len(self.lacks(direct[0])) else direct
 

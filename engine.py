@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from detr import distributed
 from detr.nested_tensor import NestedTensor
-from detr.structures import Detections, NonFiniteError, Target
+from detr.structures import NonFiniteError, Outputs, Target
 
 Item = TypeVar("Item")
 Batch = tuple[NestedTensor, list[Target]]
 
 
 class Evaluator(Protocol):
-    """What scores predictions; ``evaluate`` knows no more of it."""
+    """What scores predictions of a ``kind``, boxes (and masks) or panoptic maps; ``evaluate`` knows no more of it."""
+    kind: str
 
-    def update(self, predictions: dict[int, Detections]) -> None: ...
+    def update(self, predictions: dict[int, Any]) -> None: ...
 
     def summarize(self) -> dict[str, Any]: ...
 
@@ -119,6 +120,22 @@ def check_finite(losses: Mapping[str, float], ids: Sequence[int], where: str) ->
                              f"is unharmed. Try a lower --lr, or look at these images' annotations")
 
 
+def post_process(postprocessors: Mapping[str, nn.Module], outputs: Outputs,
+                 targets: Sequence[Target]) -> dict[str, list[Any]]:
+    """What a model says of the images of ``targets``, in their own pixels, on the CPU: ``bbox``, detections, with masks
+    where there is a postprocessor ``segm``; and ``panoptic``, maps, where there is one of that name."""
+    sizes, fed = (torch.stack([target[name] for target in targets]) for name in ("orig_size", "size"))
+    detections = postprocessors["bbox"](outputs, sizes)
+    if "segm" in postprocessors:
+        detections = postprocessors["segm"](detections, outputs, sizes, fed)
+    found: dict[str, list[Any]] = {"bbox": [
+        {name: value.cpu() if isinstance(value, Tensor) else value for name, value in detection.items()}
+        for detection in detections]}
+    if "panoptic" in postprocessors:
+        found["panoptic"] = postprocessors["panoptic"](outputs, fed, sizes)
+    return found
+
+
 def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Batch], length: int,
                     optimizer: torch.optim.Optimizer, schedule: Any, device: torch.device, epoch: int, *,
                     max_norm: float = 0.0, amp: str = "off", after_step: Callable[[], None] | None = None,
@@ -133,13 +150,14 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
     model.train()
     criterion.train()
     progress = progress or Progress(f"epoch {epoch}")
+    takes_targets = getattr(getattr(model, "module", model), "takes_targets", False)    # DistributedDataParallel's, too
     batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr", "padded"))
     for step, (samples, targets) in enumerate(batches):
         ids, where = image_ids(targets), f"epoch {epoch}, step {step}"
         padded = samples.padded_share
         samples, targets = to_device(samples, targets, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-            outputs = model(samples)
+            outputs = model(samples, targets) if takes_targets else model(samples)
         try:
             losses = criterion(outputs, targets)
         except NonFiniteError as error:
@@ -185,12 +203,10 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
             raise NonFiniteError(f"{error}; at {where}, images {ids}") from None
         values = readings(losses, criterion.weight_dict)
         check_finite(values, ids, where)
-        sizes = torch.stack([target["orig_size"] for target in targets])
-        detections = postprocessors["bbox"](outputs, sizes)
-        predictions = {image_id: {name: value.cpu() for name, value in detection.items()}
-                       for image_id, detection in zip(ids, detections)}
+        predictions = {kind: dict(zip(ids, of_images))
+                       for kind, of_images in post_process(postprocessors, outputs, targets).items()}
         for evaluator in evaluators:
-            evaluator.update(predictions)
+            evaluator.update(predictions[evaluator.kind])
         progress.update({**values, "padded": padded}, len(targets))
     results: dict[str, Any] = progress.averages_over_processes()
     for evaluator in evaluators:

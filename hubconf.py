@@ -8,15 +8,17 @@ dependencies = ["torch", "torchvision", "scipy"]
 def _entry(name: str) -> Callable[..., Any]:
     def model(pretrained: bool = False, num_classes: int | None = None, *, return_postprocessor: bool = False) -> Any:
         from detr import build_model
-        if return_postprocessor and "panoptic" in name:
-            raise NotImplementedError(f"{name}: post-processing of masks is not there yet; "
-                                      f"leave out return_postprocessor")
+        from detr.panoptic import PostProcessPanoptic
         built, _, postprocessors = build_model(name, num_classes=num_classes, pretrained=pretrained, aux_loss=False)
-        return (built, postprocessors["bbox"]) if return_postprocessor else built
+        if not return_postprocessor:
+            return built
+        things = {label: label <= 90 for label in range(num_classes or 250)}                    # COCO's, as published
+        return built, PostProcessPanoptic(things) if "panoptic" in name else postprocessors["bbox"]
 
     model.__name__ = name
     model.__doc__ = f"""``{name}`` without its criterion and auxiliary outputs. ``pretrained`` fetches the published
-    weights (they fix ``num_classes``); ``return_postprocessor`` adds what turns its outputs into boxes in pixels."""
+    weights (they fix ``num_classes``); ``return_postprocessor`` adds what turns its outputs into boxes in pixels, or into
+    panoptic maps."""
     return model
 
 

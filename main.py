@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from datasets import build_dataset, build_evaluators, collate
 from datasets.drawn import Drawn
 from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler
-from datasets.synthetic import synthetic_data
+from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -35,13 +35,23 @@ from datasets.transforms import (
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
-from detr.backbone import backbone_of, body_of, has_pretrained, has_statistics, pretrained, statistics
+from detr.backbone import (
+    Backbone,
+    backbone_of,
+    body_of,
+    fitting_norm,
+    has_pretrained,
+    has_statistics,
+    pretrained,
+    scratch_norm,
+    statistics,
+)
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.presets import ARCHITECTURES, PRESETS
 from detr.structures import Category, NonFiniteError
-from engine import Progress, duration, evaluate, train_one_epoch
+from engine import Progress, duration, evaluate, post_process, train_one_epoch
 
 # Title of each group of flags in --help, and the dataclass or the fields that it shows. A flag that several architectures
 # have shows the default of the first; the others' are in their presets.
@@ -53,7 +63,7 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
                               "feature_strides", "padding", "lr_backbone", "position_embedding")),
     ("transformer", DETRConfig, ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads",
                                  "num_queries", "pre_norm")),
-    ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef")),
+    ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "panoptic_threshold")),
     ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
     ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
     ("Deformable DETR and models with proposals", DeformableDETRConfig,
@@ -63,7 +73,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
 ]
 
 # What a training leaves in its folder.
-OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "results.json", "eval", "tensorboard")
+OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "results*.json", "panoptic*", "eval",
+           "tensorboard")
 
 
 class Flag(argparse.Action):
@@ -110,7 +121,8 @@ class Settings:
     data: DataConfig
     run: RunConfig
     resumed: dict[str, Any] | None              # the checkpoint of --resume
-    categories: list[Category] | None           # its class table
+    frozen: dict[str, Any] | None               # that of --frozen_weights, where nothing is resumed
+    categories: list[Category] | None           # the class table of either
     note: str = ""                              # what else to say at start
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,38 +136,44 @@ def settle(args: argparse.Namespace) -> Settings:
     typed. Says what it chose. Raises ValueError for what the chosen model does not have."""
     typed = config.typed_flags(args, [TrainConfig, DataConfig, RunConfig, *ARCHITECTURES])
     resumed = checkpoint.load(args.resume) if args.resume else None
-    remembered = (resumed or {}).get("config", {})
+    frozen = checkpoint.load(typed["frozen_weights"]) if typed.get("frozen_weights") and resumed is None else None
+    known, source = (frozen, typed["frozen_weights"]) if frozen is not None else (resumed, args.resume)
+    remembered = (known or {}).get("config", {})
     if not isinstance(remembered, dict) or "name" not in remembered:            # of another program
         remembered = {}
     name = args.model or remembered.get("name")
-    if name is None and resumed is not None:
-        name = name_by_shapes(resumed["model"], args.resume)
+    if name is None and known is not None:
+        name = name_by_shapes(known["model"], source)
     if name is None:
         name = "detr_resnet50" if args.coco_path else "tiny_deformable_detr"
     if name not in PRESETS:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
-        raise ValueError(f"--model {name}: {args.resume} holds a {remembered['name']}; leave --model out")
+        raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
     parts: dict[str, Any] = {"model": preset.model, "train": preset.train, "data": preset.data, "run": RunConfig()}
     allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
     for flag in typed:
         if flag not in allowed:
             raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
     for part, base in parts.items():
-        known = {field.name for field in dataclasses.fields(base)}
-        old = config.with_tuples({k: v for k, v in remembered.get(part, {}).items() if k in known})
-        if strange := sorted(set(remembered.get(part, {})) - known):
-            say(f"{args.resume}: its settings {', '.join(strange)} are unknown to this version and have no effect")
-        new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in known}
+        fields = {field.name for field in dataclasses.fields(base)}
+        before = {} if frozen is not None and part == "train" else remembered.get(part, {})     # a training of its own
+        old = config.with_tuples({k: v for k, v in before.items() if k in fields})
+        if strange := sorted(set(before) - fields):
+            say(f"{source}: its settings {', '.join(strange)} are unknown to this version and have no effect")
+        new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in fields}
         if "lr_drop" in new:
             new.setdefault("lr_drop_epochs", None)                      # it takes the place of preset's or checkpoint's
         changed = [f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
                    if k in old and old[k] != v]
         if changed:
-            say(f"changed since {args.resume}: {', '.join(changed)}")
+            say(f"changed since {source}: {', '.join(changed)}")
+        if part == "model" and before and "padding" not in before:
+            old["padding"] = "legacy"                                   # all there was when that checkpoint was written
         parts[part] = config.replace(base, old | new)
-    settings = Settings(name, resumed=resumed, categories=class_table(resumed), **parts)
+    parts["model"] = fitting_norm(parts["model"], typed)
+    settings = Settings(name, resumed=resumed, frozen=frozen, categories=class_table(known), **parts)
     refuse_what_is_not_there(settings, typed)
     return settings
 
@@ -203,10 +221,6 @@ def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> i
 def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
     """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
     model, data, run = settings.model, settings.data, settings.run
-    about_masks = getattr(model, "masks", False) or getattr(model, "frozen_weights", None)
-    if about_masks or data.coco_panoptic_path or data.dataset_file == "coco_panoptic":
-        raise ValueError("training and evaluating masks is not there yet; from Python, "
-                         "build_model('detr_resnet50_panoptic') gives the model")
     if data.remove_difficult:
         raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
     if data.coco_path is None and model.in_channels not in (1, 3):
@@ -223,8 +237,9 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
         raise ValueError(f"--world_size {run.world_size}: processes are started with "
                          f"torchrun --nproc-per-node={run.world_size} main.py ...")
     if model.from_scratch and model.backbone_norm == "frozen" and has_statistics(model.backbone):
-        raise ValueError("--from_scratch with --backbone_norm frozen would fix random statistics; "
-                         "add --backbone_norm group, or batch where --batch_size is 8 or more")
+        batch = "" if scratch_norm(model.backbone).endswith("batch") else ", or batch where --batch_size is 8 or more"
+        raise ValueError(f"--from_scratch with --backbone_norm frozen would fix random statistics; add "
+                         f"{scratch_norm(model.backbone)}{batch}")
     if model.from_scratch and model.lr_backbone <= 0:
         raise ValueError("--from_scratch with --lr_backbone 0 would freeze a random backbone; "
                          "give it a learning rate, such as that of --lr")
@@ -270,6 +285,7 @@ def refuse_other_optimizer(settings: Settings) -> None:
 def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     """Flags, whether they are useless with these settings, and why."""
     train, data, run = settings.train, settings.data, settings.run
+    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
     exact = "x" in data.image_size
     without_encoder = isinstance(settings.model, DeformableDETRConfig) and not settings.model.enc_layers
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
@@ -281,6 +297,11 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
               for flag in ("bucket_train", "bucket_eval")],
             ("frozen_stages", settings.model.from_scratch, "with --from_scratch, which trains the whole backbone"),
             ("frozen_stages", run.eval, "with --eval"), ("bucket_train", run.eval, "with --eval"),
+            *[(flag, not masks, "without --masks") for flag in ("mask_loss_coef", "dice_loss_coef")],
+            ("panoptic_threshold", not (masks and panoptic), "without --masks and --dataset_file coco_panoptic"),
+            ("coco_panoptic_path", not panoptic, f"with --dataset_file {data.dataset_file}: add --dataset_file "
+             f"coco_panoptic, or"),
+            ("frozen_weights", run.eval, "with --eval: all weights are those of --resume"),
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
               for flag in ("position_embedding", "position_embedding_scale")],
@@ -332,15 +353,19 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
     if resumed is not None:
         checkpoint.load_model(model, resumed["model"], run.resume)
         say(f"weights: {run.resume}")
+    elif settings.frozen is not None:
+        source = settings.model.frozen_weights                                                  # type: ignore[attr-defined]
+        checkpoint.load_model(model.detr, settings.frozen["model"], source)
+        say(f"weights: {source}, frozen; the mask head's are random, and train")
     elif run.eval:
         say("weights: random, since --eval came without --resume")
     elif settings.model.from_scratch:
         norm = f"{settings.model.backbone_norm} norm and " if has_statistics(backbone) else ""
         say(f"weights: random; the whole backbone trains, with {norm}learning rate {settings.model.lr_backbone:g}")
     else:
-        norm = "" if not has_statistics(backbone) else \
-            "--backbone_norm batch " if backbone.startswith("timm/") else "--backbone_norm group "
-        scratch = f"to train the backbone from random weights, add --from_scratch {norm}--lr_backbone LR"
+        norm = scratch_norm(backbone)
+        flags = " ".join(filter(None, ("--from_scratch", norm, "--lr_backbone LR")))
+        scratch = f"to train the backbone from random weights, add {flags}"
         if not (run.backbone_weights or run.pretrained_backbone or has_pretrained(backbone)):
             fetch = ", or fetch timm's with --pretrained_backbone" if backbone.startswith("timm/") else ""
             raise ValueError(f"--backbone {backbone} has no weights that are fetched unasked: name a file with "
@@ -351,18 +376,18 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
         except OSError as error:
             raise type(error)(f"{error}. Training {settings.name} starts from ImageNet weights of {backbone}: name a "
                               f"file with --backbone_weights FILE; or, {scratch}") from None
-        say(f"backbone weights: {source}; {fixed(settings.model)}")
+        say(f"backbone weights: {source}; {fixed(backbone_of(model), settings.model.lr_backbone)}")
         checkpoint.load_backbone(body_of(model), weights, source)
     return model, criterion, postprocessors
 
 
-def fixed(model: ModelConfig) -> str:
+def fixed(backbone: Backbone, lr_backbone: float) -> str:
     """What of a pretrained backbone does not train, in words."""
-    if model.lr_backbone <= 0:
+    if lr_backbone <= 0:
         return "all of it stays fixed (--lr_backbone 0)"
-    if not model.frozen_stages:
-        return "all of it trains"
-    return f"its stem and the first {model.frozen_stages} of its stages stay fixed (--frozen_stages)"
+    stages = backbone.frozen_stages
+    first = "first stage" if stages == 1 else f"first {stages} stages"
+    return f"its stem and {first} stay fixed (--frozen_stages {stages})" if stages else "all of it trains"
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -454,10 +479,14 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
         f"{train.batch_size * world}")
     if settings.note:
         say(settings.note)
+    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
+    synthetic = synthetic_panoptic if panoptic else synthetic_data
     if data.coco_path is None and distributed.is_main():
-        synthetic_data()                                            # made by one process, for all
+        synthetic()                                                 # made by one process, for all
     distributed.barrier()
-    coco_path = data.coco_path or synthetic_data()
+    coco_path, panoptic_path = data.coco_path or synthetic(), data.coco_panoptic_path
+    if panoptic and data.coco_path is None and panoptic_path is None:
+        panoptic_path = os.fspath(coco_path)
     size = config.parse_size(data.image_size)
     channels = settings.model.in_channels
     mean, std = normalisation(*(statistics(settings.model.backbone) or (IMAGENET_MEAN, IMAGENET_STD)), channels)
@@ -466,7 +495,8 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     def dataset(split: str, categories: list[Category] | None) -> Any:
         transforms = make_transforms(split, preprocessing, scales=None if data.multi_scale else (size,),
                                      least_scale=data.least_scale, crop=data.random_crop)
-        return build_dataset(split, coco_path, data.dataset_file, transforms=transforms, categories=categories,
+        return build_dataset(split, coco_path, data.dataset_file, coco_panoptic_path=panoptic_path,
+                             transforms=transforms, return_masks=masks, categories=categories,
                              cache_mode=data.cache_mode and not settings.run.eval, channels=channels)
 
     training = None if settings.run.eval else dataset("train", settings.categories)
@@ -474,18 +504,31 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(train.seed)
     model, criterion, postprocessors = build(settings, validation.num_classes)
     model, criterion = model.to(device), criterion.to(device)
+    if masks:
+        postprocessors["segm"].rle = True                           # what is scored and saved; small
+    if masks and panoptic:
+        things = {category.label for category in validation.categories if category.isthing}
+        postprocessors["panoptic"] = settings.model.panoptic(
+            {label: label in things for label in range(validation.num_classes)}, crop=backbone_of(model).exact)
     if paths := {choose_path(device, module.path) for module in model.modules() if isinstance(module, MSDeformAttn)}:
         say(f"deformable attention: the {' and the '.join(sorted(paths))} path")
+    only = body_of(model).only
+    if only is not None and size != only:
+        raise ValueError(f"--backbone {settings.model.backbone} takes images of {only[0]} x {only[1]} alone: give "
+                         f"--image_size {only[0]}x{only[1]}, or use a backbone for any size")
     inexact = backbone_of(model).inexact
     if inexact:
+        order = "" if data.bucket_eval else ", not in the order of the files (--no_bucket_eval)"
         say(f"--padding exact is not possible with {settings.model.backbone}: {inexact}. Evaluation batches images of "
-            f"equal size alone; in training, padding takes part")
-    judge = Judge(validation, criterion, postprocessors, settings, preprocessing, bool(inexact), device)
+            f"equal size alone{order}; in training, padding takes part")
     folder = output_folder(settings)
+    judge = Judge(validation, criterion, postprocessors, settings, preprocessing, bool(inexact), folder, device)
     if training is None:
         results = judge(model, "evaluation")
-        judge.save(folder)
-        say(f"saved: {folder / 'results.json'}, {folder / 'eval' / 'latest.pth'}" if folder else
+        judge.save()
+        files = ["results.json", *["results_masks.json"] * masks, *["panoptic.json"] * (masks and panoptic),
+                 "eval/latest.pth"]
+        say("saved: " + ", ".join(str(folder / file) for file in files) if folder else
             "nothing was saved; --output_dir DIR would keep the predictions as json")
         return results
     return fit(settings, training, model, criterion, judge, preprocessing, folder, device)
@@ -495,9 +538,10 @@ class Judge:
     """Evaluates a model on the validation data, each image once over all processes."""
 
     def __init__(self, validation: Any, criterion: nn.Module, postprocessors: dict, settings: Settings,
-                 preprocessing: Preprocessing, equal: bool, device: torch.device) -> None:
-        """``equal``: no batch may have padding in it."""
+                 preprocessing: Preprocessing, equal: bool, folder: Path | None, device: torch.device) -> None:
+        """``equal``: no batch may have padding in it. Panoptic maps are written to ``folder``."""
         self.validation, self.criterion, self.postprocessors = validation, criterion, postprocessors
+        self.folder = folder
         self.device, self.print_every = device, settings.run.print_every
         process = distributed.rank(), distributed.world_size()
         if settings.data.bucket_eval or equal:
@@ -509,17 +553,19 @@ class Judge:
         self.loader = data_loader(validation, batches, settings, device)
 
     def __call__(self, model: nn.Module, title: str) -> dict[str, Any]:
-        self.evaluators = build_evaluators(self.validation)
+        self.evaluators = build_evaluators(self.validation, "segm" in self.postprocessors, self.folder)
         return evaluate(model, self.criterion, self.postprocessors, self.loader, len(self.loader), self.evaluators,
                         self.device, Progress(title, self.print_every))
 
-    def save(self, folder: Path | None) -> None:
+    def save(self) -> None:
         """The last evaluation's predictions as COCO json, and pycocotools' ``eval`` dict."""
-        if folder is None or not distributed.is_main():
+        if self.folder is None or not distributed.is_main():
             return
-        box = self.evaluators[0]
-        box.save_results(folder / "results.json")
-        curves = folder / "eval" / "latest.pth"
+        box, *panoptic = self.evaluators
+        box.save_results(self.folder / "results.json")
+        for evaluator in panoptic:
+            evaluator.save_results()
+        curves = self.folder / "eval" / "latest.pth"
         curves.parent.mkdir(exist_ok=True)
         torch.save(box.eval, curves.with_suffix(".unfinished"))
         os.replace(curves.with_suffix(".unfinished"), curves)
@@ -551,8 +597,8 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
         loader = data_loader(training, BatchSampler(sampler, train.batch_size, drop_last=True), settings, device,
                              training=True)
     if len(loader) == 0:
-        raise ValueError(f"--batch_size {train.batch_size} on {distributed.world_size()} processes needs more than the "
-                         f"{len(training)} training images; lower it")
+        raise ValueError(f"--batch_size {train.batch_size} on {process[1]} processes needs "
+                         f"{process[1] * train.batch_size} training images, and there are {len(training)}; lower it")
     optimizer = make_optimizer(settings.model.parameter_groups(model, train.lr), train)
     ema = moving_average(model, train.ema_decay) if train.ema_decay else None
     first_epoch = restore(settings, model, optimizer, ema)
@@ -588,7 +634,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
             save_checkpoints(folder, state, train, epoch)
             log.write(epoch, averages, results, parameters)
         if evaluated:
-            judge.save(folder)
+            judge.save()
     say(f"trained for {duration(time.perf_counter() - start)}, evaluation and saving included")
     if distributed.is_main() and train.epochs > first_epoch:
         picture_of_detections(scored, judge, preprocessing, folder, device)
@@ -681,20 +727,37 @@ class Log:
 @torch.no_grad()
 def picture_of_detections(model: nn.Module, judge: Judge, preprocessing: Preprocessing, folder: Path,
                           device: torch.device, count: int = 6, threshold: float = 0.4) -> None:
-    """``detections.png``: what the model sees on a few validation images, next to the ground truth."""
+    """``detections.png``: what the model sees on a few validation images, with masks where it has some, next to the
+    ground truth; and ``panoptic.png`` likewise for panoptic maps."""
     data = judge.validation
     names = {category.label: category.name for category in data.categories}
+    things = {category.label for category in data.categories if category.isthing}
     with_objects = [i for i in range(len(data)) if len(data.target(i)["labels"])] or list(range(len(data)))
-    rows = []
+    rows, maps = [], []
     for i in with_objects[::max(1, len(with_objects) // count)][:count]:
         image, target = data.image(i), data.target(i)
-        tensor, _ = eval_transforms(preprocessing)(image, {})
-        found = judge.postprocessors["bbox"](model([tensor.to(device)]), target["orig_size"][None].to(device))[0]
-        found = {name: value[found["scores"] > threshold].cpu() for name, value in found.items()}
-        rows.append((visualize.draw_detections(image, target["boxes"], target["labels"], names),
-                     visualize.draw_detections(image, found["boxes"], found["labels"], names, found["scores"])))
-    visualize.side_by_side(rows, ("ground truth", f"detections over {threshold}")).save(folder / "detections.png")
-    say(f"pictures: {folder / 'detections.png'}, {folder / 'curves.png'}")
+        tensor, fed = eval_transforms(preprocessing)(image, {"orig_size": target["orig_size"]})
+        target_on_device = {name: fed[name].to(device) for name in ("orig_size", "size")}
+        seen = post_process(judge.postprocessors, model([tensor.to(device)]), [target_on_device])
+        found = seen["bbox"][0]
+        keep = found["scores"] > threshold
+        masks = [mask for mask, kept in zip(found["masks"], keep.tolist()) if kept] if "masks" in found else None
+        truth = visualize.draw_detections(image, target["boxes"], target["labels"], names, masks=target.get("masks"))
+        rows.append((truth,
+                     visualize.draw_detections(image, found["boxes"][keep], found["labels"][keep], names,
+                                               found["scores"][keep], masks=masks)))
+        if "panoptic" in seen:
+            segments = [{"id": number, "category_id": label, "isthing": label in things}
+                        for number, label in enumerate(target["labels"].tolist(), 1)]
+            maps.append((visualize.draw_panoptic(image, data.annotations.numbers(i), segments, names),
+                         visualize.draw_panoptic(image, seen["panoptic"][0]["png_string"],
+                                                 seen["panoptic"][0]["segments_info"], names)))
+    files = [folder / "detections.png", folder / "curves.png"]
+    visualize.side_by_side(rows, ("ground truth", f"detections over {threshold}")).save(files[0])
+    if maps:
+        files.append(folder / "panoptic.png")
+        visualize.side_by_side(maps, ("ground truth", "panoptic map")).save(files[-1])
+    say(f"pictures: {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

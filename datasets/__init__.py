@@ -9,6 +9,8 @@ from torch import Tensor
 
 from datasets.coco import LAYOUT, CocoDetection, Transforms
 from datasets.coco_eval import CocoEvaluator
+from datasets.coco_panoptic import CocoPanoptic, build_coco_panoptic
+from datasets.panoptic_eval import PanopticEvaluator
 from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from detr.structures import Category, Target
 
@@ -24,31 +26,40 @@ def build_coco(split: str, coco_path: str | Path, transforms: Transforms | None 
                          return_masks, categories, cache_mode, channels)
 
 
-DATASETS: dict[str, Callable[..., CocoDetection]] = {"coco": build_coco}
+DATASETS: dict[str, Callable[..., CocoDetection]] = {"coco": build_coco, "coco_panoptic": build_coco_panoptic}
 
 
 def build_dataset(split: str, coco_path: str | Path, dataset_file: str = "coco", *,
-                  transforms: Transforms | None = None, return_masks: bool = False,
-                  categories: Sequence[Category] | None = None, cache_mode: bool = False,
+                  coco_panoptic_path: str | Path | None = None, transforms: Transforms | None = None,
+                  return_masks: bool = False, categories: Sequence[Category] | None = None, cache_mode: bool = False,
                   channels: int = 3) -> CocoDetection:
     """The ``split`` ("train" or "val") of the data below ``coco_path``.
 
-    ``dataset_file`` names one of ``DATASETS``, which says how to read it. ``categories`` is the class table to use
-    (that of the training data for the validation data, that of a checkpoint), by default the data's own. ``cache_mode``
-    reads all image files at once and keeps them in memory. ``channels`` is what images have, see ``read_image``.
+    ``dataset_file`` names one of ``DATASETS``, which says how to read it; ``coco_panoptic`` has its segments below
+    ``coco_panoptic_path``. ``categories`` is the class table to use (that of the training data for the validation data,
+    that of a checkpoint), by default the data's own. ``cache_mode`` reads all image files at once and keeps them in
+    memory. ``channels`` is what images have, see ``read_image``.
     """
     if dataset_file not in DATASETS:
         raise ValueError(f"--dataset_file {dataset_file}: there is no such kind of data; there are "
                          f"{', '.join(sorted(DATASETS))}")
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r}: there are 'train' and 'val'")
-    return DATASETS[dataset_file](split, coco_path, transforms=transforms, return_masks=return_masks,
+    places = {"coco_panoptic_path": coco_panoptic_path} if dataset_file == "coco_panoptic" else {}
+    return DATASETS[dataset_file](split, coco_path, **places, transforms=transforms, return_masks=return_masks,
                                   categories=categories, cache_mode=cache_mode, channels=channels)
 
 
-def build_evaluators(dataset: CocoDetection) -> list[CocoEvaluator]:
-    """What scores predictions for ``dataset``: each has ``update(predictions)`` and ``summarize()``."""
-    return [CocoEvaluator(dataset.coco, dataset.categories, dataset.num_classes)]
+def build_evaluators(dataset: CocoDetection, masks: bool = False,
+                     folder: str | Path | None = None) -> list[CocoEvaluator | PanopticEvaluator]:
+    """What scores predictions for ``dataset``: each has ``update(predictions)``, of its ``kind``, and ``summarize()``.
+    The first scores boxes, with ``masks`` these, too; for panoptic data those of things, and a second one scores the
+    maps, which it writes to ``folder`` where there is one."""
+    things = [category for category in dataset.categories if category.isthing]
+    boxes = CocoEvaluator(dataset.coco, things, dataset.num_classes, masks)
+    if masks and isinstance(dataset, CocoPanoptic):
+        return [boxes, PanopticEvaluator(dataset.annotations, folder)]
+    return [boxes]
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:

@@ -143,7 +143,7 @@ class CocoDetection(Dataset):
                    if name not in there and not (self.image_folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} of the {len(self)} images that {self.annotation_file} lists are "
-                                    f"not in {self.image_folder}: {_some(missing)}; copy them there (upper and lower "
+                                    f"not in {self.image_folder}: {few(missing)}; copy them there (upper and lower "
                                     f"case differ), or take them out of the json")
 
     def _class_table(self, rows: list[dict], categories: Sequence[Category] | None) -> list[Category]:
@@ -153,8 +153,8 @@ class CocoDetection(Dataset):
         known = {(category.id, category.name) for category in categories}
         foreign = [f"{row.id} {row.name!r}" for row in table if (row.id, row.name) not in known]
         if foreign:
-            raise ValueError(f"{self.annotation_file}: categories {_some(foreign)} are not in the class table to be "
-                             f"used, which has {_some([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
+            raise ValueError(f"{self.annotation_file}: categories {few(foreign)} are not in the class table to be "
+                             f"used, which has {few([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
                              f"data, validation data and checkpoint must have the same ids and names")
         return list(categories)
 
@@ -178,14 +178,14 @@ class CocoDetection(Dataset):
         counts = torch.bincount(image[keep], minlength=len(self))
         self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])     # [images + 1]
         self._segmentations = self._checked_segmentations(rows) if return_masks else None
-        return [f"left out of the targets: {_count(len(dropped), 'box', 'boxes')} without width or height inside the "
-                f"image (annotation {_some(dropped)})"] if dropped else []
+        return [f"left out of the targets: {counted(len(dropped), 'box', 'boxes')} without width or height inside the "
+                f"image (annotation {few(dropped)})"] if dropped else []
 
     def _checked_segmentations(self, rows: list[dict]) -> list[Any]:
         without = [row["id"] for row in rows if not row.get("segmentation")]
         if without:
             raise ValueError(f"{self.annotation_file}: {len(without)} of {len(rows)} objects have no segmentation, "
-                             f"which masks need (annotation {_some(without)}); add them, or go without --masks")
+                             f"which masks need (annotation {few(without)}); add them, or go without --masks")
         return [row["segmentation"] for row in rows]
 
 
@@ -229,16 +229,16 @@ def read_annotations(path: Path) -> tuple[dict[str, Any], list[str]]:
             raise ValueError(f"{path}: has no list '{part}'; COCO's format has the lists 'images', 'annotations' and "
                              f"'categories'")
         for i, row in enumerate(data[part]):
-            _check_id(path, part, i, row)
+            check_id(path, part, i, row)
         ids = Counter(row["id"] for row in data[part])
         if len(ids) < len(data[part]):
             twice = [i for i, n in ids.items() if n > 1]
-            raise ValueError(f"{path}: '{part}' has several rows with the same id: {_some(twice)}; give each its own")
+            raise ValueError(f"{path}: '{part}' has several rows with the same id: {few(twice)}; give each its own")
     for part in ("images", "categories"):
         if not data[part]:
             raise ValueError(f"{path}: the list '{part}' is empty; nothing can be learnt or scored without {part}")
     for image in data["images"]:
-        _check_image(path, image)
+        check_image(path, image)
     for category in data["categories"]:
         if not isinstance(category.get("name"), str):
             raise ValueError(f"{path}: category id {category['id']} has no 'name'; add it")
@@ -249,21 +249,21 @@ def read_annotations(path: Path) -> tuple[dict[str, Any], list[str]]:
     return data, _complete(data["annotations"])
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_id(path: Path, part: str, i: int, row: Any) -> None:
-    if not isinstance(row, dict) or not _is_whole(row.get("id")):
+def check_id(path: Path, part: str, i: int, row: Any) -> None:
+    if not isinstance(row, dict) or not is_whole(row.get("id")):
         raise ValueError(f"{path}: row {i} (counted from 0) of '{part}' has no 'id' that is a whole number; give each "
                          f"row its own")
 
 
-def _check_image(path: Path, image: dict[str, Any]) -> None:
+def check_image(path: Path, image: dict[str, Any]) -> None:
     if not isinstance(image.get("file_name"), str):
         raise ValueError(f"{path}: image id {image['id']} has no 'file_name'; add it")
     for side in ("width", "height"):
-        if not _is_whole(image.get(side)) or image[side] < 1:
+        if not is_whole(image.get(side)) or image[side] < 1:
             raise ValueError(f"{path}: image id {image['id']} ({image['file_name']}) has {side} {image.get(side)!r}; a "
                              f"whole number of pixels, at least 1, is needed")
 
@@ -273,12 +273,12 @@ def _check_annotation(path: Path, row: dict[str, Any], image_ids: set[int], cate
     for key in ("image_id", "category_id", "bbox"):
         if key not in row:
             raise ValueError(f"{where} has no '{key}'; add it, or take the annotation out")
-    if not _is_whole(row["image_id"]) or row["image_id"] not in image_ids:
+    if not is_whole(row["image_id"]) or row["image_id"] not in image_ids:
         raise ValueError(f"{where} is of image id {row['image_id']!r}, which 'images' does not list; add the image, or "
                          f"take the annotation out")
-    if not _is_whole(row["category_id"]) or row["category_id"] not in category_ids:
+    if not is_whole(row["category_id"]) or row["category_id"] not in category_ids:
         raise ValueError(f"{where} has category_id {row['category_id']!r}, which 'categories' does not list; its ids "
-                         f"are {_some(sorted(category_ids), 100)}; correct it, or add the category")
+                         f"are {few(sorted(category_ids), 100)}; correct it, or add the category")
     bbox = row["bbox"]
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x)
                                                                for x in bbox):
@@ -299,11 +299,11 @@ def _complete(annotations: list[dict[str, Any]]) -> list[str]:
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     notes = []
     if without_area:
-        notes.append(f"{_count(len(without_area), 'annotation')} without 'area', which became the box's (annotation "
-                     f"{_some(without_area)})")
+        notes.append(f"{counted(len(without_area), 'annotation')} without 'area', which became the box's (annotation "
+                     f"{few(without_area)})")
     crowds = [row["id"] for row in annotations if row["iscrowd"]]
     if crowds:
-        notes.append(f"left out of the targets: {_count(len(crowds), 'crowd annotation')} (annotation {_some(crowds)})")
+        notes.append(f"left out of the targets: {counted(len(crowds), 'crowd annotation')} (annotation {few(crowds)})")
     for row in annotations:
         if row["id"] == 0:
             row["id"] = max(other["id"] for other in annotations) + 1
@@ -312,11 +312,11 @@ def _complete(annotations: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _some(items: Sequence[Any], most: int = 3) -> str:
+def few(items: Sequence[Any], most: int = 3) -> str:
     return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
-def _count(n: int, one: str, many: str | None = None) -> str:
+def counted(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 

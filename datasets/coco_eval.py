@@ -30,12 +30,17 @@ class CocoEvaluator:
     not use (COCO has 11 in its 91 slots) belongs to no class: such a prediction is left out and counted in a printed
     line. It could neither be right nor wrong for pycocotools, so the score is the same.
 
-    After ``summarize``: ``results``, the predictions in COCO's result format; ``eval``, pycocotools' dict of precisions
-    and recalls, in the main process (None in others).
-    """
+    With ``masks`` predictions have run lengths, and masks are scored besides boxes; results of each kind are written
+    apart, since pycocotools takes an object's area from the box where it finds one.
 
-    def __init__(self, coco: COCO, categories: Sequence[Category], num_classes: int) -> None:
+    After ``summarize``: ``results``, the predictions in COCO's result format; ``eval``, pycocotools' dict of precisions
+    and recalls of the boxes, in the main process (None in others).
+    """
+    kind = "bbox"                                               # of the predictions that ``update`` takes
+
+    def __init__(self, coco: COCO, categories: Sequence[Category], num_classes: int, masks: bool = False) -> None:
         self.coco = coco
+        self.masks = masks
         self.num_classes = num_classes
         self.categories = list(categories)
         self.results: list[dict[str, Any]] | None = None
@@ -72,32 +77,49 @@ class CocoEvaluator:
         ids = self._ids[labels]
         self._without_class.update(labels[ids < 0].tolist())
         boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
-        return [{"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-                for category_id, bbox, score in zip(ids.tolist(), boxes_xywh.tolist(), scores.tolist())
-                if category_id >= 0]
+        rows: list[dict[str, Any]] = [
+            {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+            for category_id, bbox, score in zip(ids.tolist(), boxes_xywh.tolist(), scores.tolist())]
+        if self.masks:
+            if len(detections.get("masks", ())) != len(rows) or rows and not isinstance(detections["masks"][0], dict):
+                raise ValueError(f"predictions for image id {image_id} have no run length for each of {len(rows)} masks; "
+                                 f"post-process them with PostProcessSegm(rle=True)")
+            for row, mask in zip(rows, detections["masks"]):
+                row["segmentation"] = mask
+        return [row for row in rows if row["category_id"] >= 0]
 
     def summarize(self) -> dict[str, Any]:
         """Score, and print COCO's twelve lines and a table of the classes. All processes call it and get the same:
 
         ``coco_eval_bbox``: COCO's twelve numbers, -1 where the ground truth has no object to find (of that size);
         ``per_class``: ``{name: {"AP": ..., "AP50": ..., "objects": ...}}``, -1 likewise. Where two classes share a
-        name, their ids follow it.
+        name, their ids follow it. With masks: ``coco_eval_masks`` and ``per_class_masks``, likewise.
         """
         self._gather()
         scored = self._score() if is_main() else None
         return gather_objects(scored)[0]
 
     def save_results(self, path: str | Path) -> None:
-        """Write ``results`` as json that pycocotools' ``loadRes`` reads, in the main process. The file appears whole or
-        not at all."""
+        """Write ``results`` as json that pycocotools' ``loadRes`` reads, in the main process: the boxes to ``path``, and
+        masks beside it, to ``..._masks.json``. A file appears whole or not at all."""
         if self.results is None:
             raise RuntimeError("no results to save yet; summarize() collects them from all processes, call it first")
         if is_main():
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(path.name + ".unfinished")
-            unfinished.write_text(json.dumps(self.results))
-            os.replace(unfinished, path)
+            for kind in self._kinds():
+                file = path if kind == "bbox" else path.with_name(f"{path.stem}_masks{path.suffix}")
+                unfinished = file.with_name(file.name + ".unfinished")
+                unfinished.write_text(json.dumps(self._rows(kind)))
+                os.replace(unfinished, file)
+
+    def _kinds(self) -> tuple[str, ...]:
+        return ("bbox", "segm") if self.masks else ("bbox",)
+
+    def _rows(self, kind: str) -> list[dict[str, Any]]:
+        """The results with boxes alone, or with masks alone."""
+        other = "segmentation" if kind == "bbox" else "bbox"
+        return [{key: value for key, value in row.items() if key != other} for row in self.results or ()]
 
     def _gather(self) -> None:
         seen: dict[int, list[dict[str, Any]]] = {}
@@ -118,23 +140,30 @@ class CocoEvaluator:
                 print(f"scored: {len(seen)} of the {len(self.coco.imgs)} images of the ground truth")
 
     def _score(self) -> dict[str, Any]:
-        chatter, lines = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(chatter):
-            judge = COCOeval(self.coco, self._detections(), "bbox")
-            judge.params.imgIds = self.image_ids
-            judge.evaluate()
-            judge.accumulate()
-        with contextlib.redirect_stdout(lines):
-            judge.summarize()
-        self.eval = judge.eval
-        per_class = self._per_class(judge)
-        print(lines.getvalue() + _table(per_class), flush=True)
-        return {"coco_eval_bbox": judge.stats.tolist(), "per_class": per_class}
+        scored: dict[str, Any] = {}
+        for kind in self._kinds():
+            chatter, lines = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(chatter):
+                judge = COCOeval(self.coco, self._detections(kind), kind)
+                judge.params.imgIds = self.image_ids
+                judge.evaluate()
+                judge.accumulate()
+            with contextlib.redirect_stdout(lines):
+                judge.summarize()
+            per_class = self._per_class(judge)
+            what = ("boxes\n" if kind == "bbox" else "masks\n") if self.masks else ""
+            print(what + lines.getvalue() + _table(per_class), flush=True)
+            if kind == "bbox":
+                self.eval = judge.eval
+                scored |= {"coco_eval_bbox": judge.stats.tolist(), "per_class": per_class}
+            else:
+                scored |= {"coco_eval_masks": judge.stats.tolist(), "per_class_masks": per_class}
+        return scored
 
-    def _detections(self) -> COCO:
+    def _detections(self, kind: str) -> COCO:
         """The results as pycocotools wants them; its ``loadRes`` cannot do with none."""
         if self.results:
-            return self.coco.loadRes([dict(result) for result in self.results])     # it adds keys of its own
+            return self.coco.loadRes(self._rows(kind))                              # it adds keys of its own
         return index({**self.coco.dataset, "annotations": []})
 
     def _per_class(self, judge: COCOeval) -> dict[str, dict[str, float]]:

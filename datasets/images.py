@@ -15,7 +15,7 @@ from torch import Tensor
 Picture = Image.Image | Tensor
 """PIL, RGB or grey; for another number of channels a uint8 tensor ``[C, H, W]``."""
 
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, struct.error,   # Pillow's and NumPy's
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, struct.error,   # Pillow's and NumPy's
             TokenError, Image.DecompressionBombError)
 _ORIENTATION = ExifTags.Base.Orientation
 _PREDICTS = (5, 8, 32946, 34925, 50000)                            # LZW, deflate, deflate, LZMA, ZSTD
@@ -59,7 +59,7 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
         kind = "JPEG or PNG" if channels in (1, 3) else ".npy, an array [height, width, channels]"
         raise OSError(f"image {path} ({size} bytes) is not in a format that Pillow reads; copy it "
                       f"again, convert it to {kind}, or take it out") from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise OSError(f"image {path} ({size} bytes) cannot be read: {error}; if it is damaged or cut "
                       f"short, copy it again or take it out") from error
     if pixels.shape[2] != channels:

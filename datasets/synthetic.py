@@ -5,6 +5,12 @@
     annotations/instances_train2017.json, instances_val2017.json
     synthetic.json                      version, seed, counts and checksum of what was made
 
+and, made when it is asked for, the same images in COCO's panoptic layout:
+
+    panoptic_train2017/000000100001.png ..., panoptic_val2017/          which segment each pixel belongs to
+    annotations/panoptic_train2017.json, panoptic_val2017.json
+    synthetic_panoptic.json             checksums
+
 The data are fixed: the same seed gives the same pixels and annotations on every machine, and ``CHECKSUM`` is theirs.
 Each image has its own random stream, so it does not depend on how many are made. To keep the promise, random numbers
 come from ``RandomState.random_sample`` alone, sines and cosines from a table of whole degrees, and floats meet only in
@@ -16,6 +22,10 @@ image's ``sqrt(width * height)``; no box has a side below 11 pixels. Later objec
 half stays visible; one in twelve reaches over the border. All annotations speak of the visible pixels: ``area`` is
 their number and ``bbox`` their tight box. Whole shapes have their outline as polygon; hidden, cut or pierced ones have
 compressed RLE; crowds have uncompressed RLE as in COCO.
+
+Panoptic segments are the visible pixels of each object, and all others as one segment of stuff: the ground, whose class
+is its texture. No pixel is void. A segment's id is its colour: that of its class, a sixteenth darker with each object
+before it in the image.
 """
 from __future__ import annotations
 
@@ -38,9 +48,15 @@ VERSION = 1
 CHECKSUM = "dc1b56f79927d997277927cbdffc13c94bf981869ebecf94628e96e1a8abba7c"
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "synthetic"
 MARKER = "synthetic.json"
+PANOPTIC_CHECKSUM = "1229429167bb6a5364014bc61e88974050027dde45a94850247b51824eea94bd"
+PANOPTIC_MARKER = "synthetic_panoptic.json"
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)              # with gaps, so that whoever takes an id for a label is found out
+GROUNDS = ("clouds", "stripes", "checks", "contours")
+GROUND_IDS = (21, 34, 55, 89)
+COLOURS = ((228, 64, 64), (64, 108, 228), (64, 190, 84), (238, 176, 48), (158, 78, 208), (52, 196, 206),    # of shapes
+           (168, 168, 152), (184, 148, 122), (120, 148, 166), (152, 172, 120))                              # of grounds
 FIRST_ID = {"train": 100_001, "val": 200_001}   # image ids and file names
 SMALLEST = 11                                   # pixels, of a box side
 
@@ -55,6 +71,7 @@ class Scene(NamedTuple):
     pixels: np.ndarray              # [H, W, 3] uint8
     owner: np.ndarray               # [H, W] int: which object is seen, -1 for the ground
     objects: list[dict[str, Any]]   # category_id, bbox, area, iscrowd, segmentation; objects[k] is seen where owner == k
+    ground: int                     # texture of the ground, of GROUNDS
 
 
 class Dice:
@@ -163,8 +180,9 @@ def value_noise(dice: Dice, cell: float, height: int, width: int) -> np.ndarray:
     return rows[:, ix] + (rows[:, ix + 1] - rows[:, ix]) * fx
 
 
-def ground(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A textured background of low contrast ``[height, width, 3]`` and the two colours ``[2, 3]`` it lies between."""
+def ground(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """A textured background of low contrast ``[height, width, 3]``, the two colours ``[2, 3]`` it lies between, and which
+    of ``GROUNDS`` it is."""
     hue, saturation, value = dice.between(0, 6), dice.between(0.05, 0.45), dice.between(0.2, 0.9)
     step = dice.between(0.08, 0.16) * (1 if value < 0.55 else -1)
     colours = np.stack([rgb(hue, saturation, value), rgb(hue + dice.between(-0.7, 0.7), saturation, value + step)])
@@ -183,7 +201,7 @@ def ground(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray]
     else:                                                                   # contour lines of the clouds
         texture = wave(clouds, dice.between(0.15, 0.4))
     mix = 0.4 * slope + 0.2 * clouds + 0.4 * texture
-    return colours[0] + (colours[1] - colours[0]) * mix[..., None], colours
+    return colours[0] + (colours[1] - colours[0]) * mix[..., None], colours, kind
 
 
 def contrasting(dice: Dice, others: list[np.ndarray]) -> np.ndarray:
@@ -249,23 +267,24 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     return counts if counts[-1] else counts[:-1]
 
 
+def window(outlines: Outlines, height: int, width: int) -> tuple[slice, slice, Outlines]:
+    """Rows and columns of an image that the shape touches, and the shape relative to them."""
+    (x0, y0), (x1, y1) = outlines[0].min(0).tolist(), outlines[0].max(0).tolist()
+    left, top = max(math.floor(x0), 0), max(math.floor(y0), 0)
+    right, bottom = min(math.ceil(x1), width), min(math.ceil(y1), height)
+    return slice(top, bottom), slice(left, right), [points - [left, top] for points in outlines]
+
+
 class Painter:
     """A canvas that takes one shape after the other and knows what is seen of each."""
 
     def __init__(self, dice: Dice, height: int, width: int) -> None:
         self.dice, self.height, self.width = dice, height, width
-        self.canvas, self.ground_colours = ground(dice, height, width)
+        self.canvas, self.ground_colours, self.ground = ground(dice, height, width)
         self.owner = np.full((height, width), -1)
         self.drawn: list[int] = []                  # pixels of each object when it was drawn
         self.boxes: list[list[int]] = []            # of what is seen of them
         self.colours: list[np.ndarray] = []
-
-    def window(self, outlines: Outlines) -> tuple[slice, slice, Outlines]:
-        """Rows and columns that the shape touches, and the shape relative to them."""
-        (x0, y0), (x1, y1) = outlines[0].min(0).tolist(), outlines[0].max(0).tolist()
-        left, top = max(math.floor(x0), 0), max(math.floor(y0), 0)
-        right, bottom = min(math.ceil(x1), self.width), min(math.ceil(y1), self.height)
-        return slice(top, bottom), slice(left, right), [points - [left, top] for points in outlines]
 
     def fits(self, mask: np.ndarray, rows: slice, columns: slice, alone: bool) -> bool:
         """Whether a new object leaves enough of all others to be seen. ``alone``: it must not touch any."""
@@ -287,7 +306,7 @@ class Painter:
 
     def draw(self, outlines: Outlines, cover: np.ndarray, colour: np.ndarray | None, k: int) -> None:
         """Paint a shape, which covers so much of the pixels of its window, as part of object ``k``."""
-        rows, columns, local = self.window(outlines)
+        rows, columns, local = window(outlines, self.height, self.width)
         mask = cover >= 0.5
         if colour is None:
             near = set(self.owner[rows, columns].ravel().tolist()) - {-1, k}
@@ -324,7 +343,7 @@ class Painter:
                 x = (-cut * width, x, self.width - (1 - cut) * width, x)[side]
                 y = (y, -cut * height, y, self.height - (1 - cut) * height)[side]
             outlines = [np.round(points + [x, y], 2) for points in outlines]
-            rows, columns, local = self.window(outlines)
+            rows, columns, local = window(outlines, self.height, self.width)
             cover = coverage(local, rows.stop - rows.start, columns.stop - columns.start)
             if self.fits(cover >= 0.5, rows, columns, alone and attempt < 20):
                 self.draw(outlines, cover, None, k)
@@ -341,18 +360,23 @@ class Painter:
             offset = [x0 + dice.between(0, size), y0 + dice.between(0, size)]
             colour = contrasting(dice, list(self.ground_colours))
             outlines = [np.round(points + offset, 2) for points in outlines]
-            rows, columns, local = self.window(outlines)
+            rows, columns, local = window(outlines, self.height, self.width)
             self.draw(outlines, coverage(local, rows.stop - rows.start, columns.stop - columns.start), colour, k)
+
+
+def bare_ground(seed: int, split: str, index: int) -> Painter:
+    """Image ``index`` of a split before its objects."""
+    dice = Dice(seed, list(FIRST_ID).index(split), 0, index)
+    height, width = dice.whole(128, 192), dice.whole(128, 192)
+    return Painter(dice, height, width)
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """Image ``index`` of a split and its objects."""
-    number = list(FIRST_ID).index(split)
-    dice = Dice(seed, number, 0, index)
-    empty, crowded = block_roles(seed, number, index)
-    height, width = dice.whole(128, 192), dice.whole(128, 192)
+    painter = bare_ground(seed, split, index)
+    dice, height, width = painter.dice, painter.height, painter.width
+    empty, crowded = block_roles(seed, list(FIRST_ID).index(split), index)
     side = math.sqrt(height * width)
-    painter = Painter(dice, height, width)
     kinds: list[int] = []
     outlines: list[Outlines] = []
     if crowded:
@@ -388,7 +412,46 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
             segmentation = {"size": [height, width], "counts": rle["counts"].decode("ascii")}
         objects.append({"category_id": CATEGORY_IDS[kind], "bbox": painter.boxes[k], "area": area,
                         "iscrowd": int(not outline), "segmentation": segmentation})
-    return Scene(pixels, painter.owner, objects)
+    return Scene(pixels, painter.owner, objects, painter.ground)
+
+
+# ---- panoptic --------------------------------------------------------------------------------------------------------
+
+PANOPTIC_CATEGORIES = [
+    {"id": i, "name": name, "isthing": isthing, "supercategory": "shape" if isthing else "ground", "color": list(colour)}
+    for i, name, isthing, colour in zip((*CATEGORY_IDS, *GROUND_IDS), (*SHAPES, *GROUNDS), [1] * 6 + [0] * 4, COLOURS)]
+
+
+def owner_of(objects: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
+    """The ``owner [height, width]`` of a scene again, from its objects: no pixel differs."""
+    owner = np.full((height, width), -1)
+    for k, entry in enumerate(objects):
+        segmentation = entry["segmentation"]
+        if isinstance(segmentation, list):                                      # an outline, drawn as it was
+            rows, columns, local = window([np.reshape(segmentation[0], (-1, 2))], height, width)
+            owner[rows, columns][coverage(local, rows.stop - rows.start, columns.stop - columns.start) >= 0.5] = k
+        else:
+            rle = (coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list)
+                   else segmentation)
+            owner[coco_mask.decode(rle).astype(bool)] = k
+    return owner
+
+
+def panoptic_map(owner: np.ndarray, objects: list[dict[str, Any]],
+                 kind: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Of a scene with this kind of ground: colours ``[H, W, 3]`` uint8 and the segments that they name, objects that are
+    seen in their order, then the ground."""
+    rows = [(k, entry["category_id"], entry["iscrowd"]) for k, entry in enumerate(objects)]
+    colour_of = {category["id"]: category["color"] for category in PANOPTIC_CATEGORIES}
+    colours, segments = np.zeros((*owner.shape, 3), np.uint8), []
+    for k, category, crowd in [*rows, (-1, GROUND_IDS[kind], 0)]:
+        seen = owner == k
+        if seen.any():
+            red, green, blue = (c * (16 - max(k, 0)) // 16 for c in colour_of[category])
+            colours[seen] = red, green, blue
+            segments.append({"id": red + 256 * green + 65536 * blue, "category_id": category, "iscrowd": crowd,
+                             "bbox": tight_box(seen), "area": int(seen.sum())})
+    return colours, segments
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
@@ -396,6 +459,18 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 def canonical(data: Any) -> bytes:
     """The one way to write ``data`` as json, for checksums."""
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def info(description: str) -> dict[str, Any]:
+    """What a json says of itself."""
+    return {"info": {"description": description, "version": str(VERSION), "year": 2025},
+            "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]}
+
+
+def say_percent(done: int, total: int) -> None:
+    """Print the part that is done, at each tenth."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        print(f" {done * 100 // total}%", end="", flush=True)
 
 
 def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: int = 300) -> None:
@@ -430,12 +505,9 @@ def make_synthetic(folder: str | Path, seed: int = 0, train: int = 2000, val: in
                 annotations += [{"id": 100 * image_id + k, "image_id": image_id, **entry}
                                 for k, entry in enumerate(scene.objects)]
                 done += 1
-                if done * 10 // total > (done - 1) * 10 // total:
-                    print(f" {done * 100 // total}%", end="", flush=True)
+                say_percent(done, total)
             content = canonical({
-                "info": {"description": "shapes on textured grounds", "version": str(VERSION), "year": 2025},
-                "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
-                "images": images, "annotations": annotations,
+                **info("shapes on textured grounds"), "images": images, "annotations": annotations,
                 "categories": [{"id": i, "name": s, "supercategory": "shape"} for i, s in zip(CATEGORY_IDS, SHAPES)]})
             digest.update(content)
             (making / "annotations" / f"instances_{split}2017.json").write_bytes(content)
@@ -496,4 +568,111 @@ def defect(folder: Path) -> str | None:
             return f"{found} of {count} images in {split}2017"
         if not (folder / "annotations" / f"instances_{split}2017.json").is_file():
             return f"annotations/instances_{split}2017.json is missing"
+    return None
+
+
+# ---- the panoptic part on disk ---------------------------------------------------------------------------------------
+
+PANOPTIC_PARTS = (PANOPTIC_MARKER, *(f"panoptic_{split}2017" for split in FIRST_ID),
+                  *(f"annotations/panoptic_{split}2017.json" for split in FIRST_ID))
+
+
+def make_panoptic(folder: str | Path) -> None:
+    """Add the panoptic part to the data set in ``folder``, whole or not at all: it is made beside it and moved there at
+    the end, the marker last. Images are not drawn again: what is seen of objects is in the json of instances, the
+    ground's texture in the first numbers of each image's random stream.
+
+    Raises ``FileExistsError`` where some of it is there already. Where another process brings its own in the meantime,
+    its files, which have the same content, are replaced.
+    """
+    folder = Path(folder)
+    if there := [name for name in PANOPTIC_PARTS if (folder / name).exists()]:
+        raise FileExistsError(f"{folder} already has {', '.join(there)}; move that away, to have the panoptic part made")
+    pictures = json.loads((folder / MARKER).read_text())
+    making = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
+    making.mkdir()
+    start = time.monotonic()
+    try:
+        digest = hashlib.sha256()
+        total, done = sum(pictures[split] for split in FIRST_ID), 0
+        print(f"making panoptic annotations of the synthetic data in {folder}, once: {total} images", end="", flush=True)
+        (making / "annotations").mkdir()
+        for split, first in FIRST_ID.items():
+            (making / f"panoptic_{split}2017").mkdir()
+            data = json.loads((folder / "annotations" / f"instances_{split}2017.json").read_bytes())
+            objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
+            for entry in data["annotations"]:
+                objects[entry["image_id"]].append(entry)
+            annotations = []
+            for image in data["images"]:
+                image_id, seen = image["id"], objects[image["id"]]
+                kind = bare_ground(pictures["seed"], split, image_id - first).ground
+                colours, segments = panoptic_map(owner_of(seen, image["height"], image["width"]), seen, kind)
+                name = f"{image_id:012d}.png"
+                Image.fromarray(colours).save(making / f"panoptic_{split}2017" / name)
+                digest.update(colours.tobytes())
+                annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
+                done += 1
+                say_percent(done, total)
+            content = canonical({**info("shapes and grounds, panoptic"), "images": data["images"],
+                                 "annotations": annotations, "categories": PANOPTIC_CATEGORIES})
+            digest.update(content)
+            (making / "annotations" / f"panoptic_{split}2017.json").write_bytes(content)
+        marker = {"pictures": pictures["checksum"], "checksum": digest.hexdigest(), "expected": PANOPTIC_CHECKSUM}
+        (making / PANOPTIC_MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+        for part in ("annotations", *(f"panoptic_{split}2017" for split in FIRST_ID)):
+            (folder / part).mkdir(exist_ok=True)
+            for file in (making / part).iterdir():
+                os.replace(file, folder / part / file.name)
+        os.replace(making / PANOPTIC_MARKER, folder / PANOPTIC_MARKER)
+        print(f", {time.monotonic() - start:.0f} s", flush=True)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def synthetic_panoptic(folder: str | Path | None = None) -> Path:
+    """``synthetic_data`` with its panoptic part, both made first where they are absent: the folder is ``--coco_path`` and
+    ``--coco_panoptic_path`` at once. A panoptic part that is not whole or of another version is set aside, said, and made
+    anew."""
+    folder = synthetic_data(folder)
+    wrong = panoptic_defect(folder)
+    if wrong is not None:
+        if any((folder / name).exists() for name in PANOPTIC_PARTS):
+            aside = folder.with_name(f"{folder.name}-panoptic-set-aside-{uuid.uuid4().hex[:6]}")
+            aside.mkdir()
+            for name in PANOPTIC_PARTS:
+                with contextlib.suppress(FileNotFoundError):                    # absent
+                    (folder / name).rename(aside / Path(name).name)
+            print(f"synthetic data in {folder}: {wrong}; its panoptic part moved to {aside.name}, to be made anew",
+                  flush=True)
+        try:
+            make_panoptic(folder)
+        except FileExistsError:                                                 # another process was faster
+            if panoptic_defect(folder) is not None:
+                raise
+    found = json.loads((folder / PANOPTIC_MARKER).read_text())
+    if found["checksum"] != PANOPTIC_CHECKSUM and found["pictures"] == CHECKSUM:        # otherwise it was said of those
+        print(f"panoptic part of the synthetic data in {folder}: checksum {found['checksum'][:12]}, not "
+              f"{PANOPTIC_CHECKSUM[:12]}: this machine computes differently; results on it do not compare", flush=True)
+    return folder
+
+
+def panoptic_defect(folder: Path) -> str | None:
+    """As ``defect``, of the panoptic part."""
+    pictures = json.loads((folder / MARKER).read_text())
+    try:
+        marker = json.loads((folder / PANOPTIC_MARKER).read_text())
+        checksum, of = marker["checksum"], marker["pictures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no readable {PANOPTIC_MARKER}"
+    if PANOPTIC_CHECKSUM not in (checksum, marker.get("expected")):
+        return "the panoptic part is of another version"
+    if of != pictures["checksum"]:
+        return "the panoptic part is of other pictures"
+    for split in FIRST_ID:
+        found = sum(1 for _ in (folder / f"panoptic_{split}2017").glob("*.png"))
+        if found != pictures[split]:
+            return f"{found} of {pictures[split]} maps in panoptic_{split}2017"
+        if not (folder / "annotations" / f"panoptic_{split}2017.json").is_file():
+            return f"annotations/panoptic_{split}2017.json is missing"
     return None

@@ -99,7 +99,7 @@ def mask_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
     if "pred_masks" not in outputs:
         return {}
     true = pad_masks(targets, match).to(outputs["pred_masks"].device)
-    masks = outputs["pred_masks"][matched_queries(match, true.device)]
+    masks = outputs["pred_masks"] if "match" in outputs else outputs["pred_masks"][matched_queries(match, true.device)]
     masks = F.interpolate(masks[:, None], size=true.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
     true = true.flatten(1)
     prob = masks.sigmoid()

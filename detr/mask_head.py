@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .nested_tensor import NestedTensor
 from .padding import Size, Where, exact_upsample, normalised, where, zeroed
-from .structures import Outputs
+from .structures import Outputs, Target, in_float32
 
 LAYERS = 5                      # convolutions before the last one
 
@@ -28,40 +28,78 @@ class DETRsegm(nn.Module):
     small convolutional network that adds the backbone's finer maps.
 
     ``detr.detect`` gives its outputs and ``Intermediates``. The head's attention has the detector's number of heads,
-    rounded up to a multiple of 8, which its normalisation asks for.
+    rounded up to a multiple of 8, which its normalisation asks for. ``matcher``, the criterion's, is for training.
+    ``gain``: see ``MHAttentionMap``.
     """
+    takes_targets = True                # in training
 
-    def __init__(self, detr: Any, nheads: int, freeze_detr: bool = False) -> None:
+    def __init__(self, detr: Any, nheads: int, matcher: nn.Module, freeze_detr: bool = False, gain: float = 1.0) -> None:
         super().__init__()
-        self.detr = detr
+        self.detr, self.matcher, self.frozen = detr, matcher, freeze_detr
         if freeze_detr:
             detr.requires_grad_(False)
         d_model, nheads = detr.transformer.d_model, -(-nheads // 8) * 8
-        self.bbox_attention = MHAttentionMap(d_model, nheads)
+        self.bbox_attention = MHAttentionMap(d_model, nheads, gain)
         self.mask_head = MaskHeadSmallConv(d_model + nheads, d_model, detr.backbone[0].channels[-2::-1])
 
-    def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
-        """The detector's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits, at the stride of the finest map."""
+    def train(self, mode: bool = True) -> DETRsegm:
+        """A frozen detector keeps its batch statistics, too."""
+        super().train(mode)
+        if self.frozen:
+            for module in self.detr.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, samples: NestedTensor | Tensor | list[Tensor],
+                targets: Sequence[Target] | None = None) -> Outputs:
+        """The detector's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits, at the stride of the finest map.
+
+        Only masks of matched queries are ever trained. With ``targets`` the queries are matched here, once for all
+        (``outputs["match"]``), and ``pred_masks [sum N, H / 4, W / 4]`` are those of the matched queries alone, image
+        after image: the same losses and gradients, for a fraction of time and memory.
+        """
         outputs, (features, src, hs, memory) = self.detr.detect(samples)
-        attention = self.bbox_attention(hs, memory, features[-1].mask)                      # [B, Q, M, H, W]
+        mask, finer = features[-1].mask, [f.tensors for f in features[-2::-1]]
         sizes = None if features[-1].sizes is None else [f.sizes for f in features[::-1]]
-        outputs["pred_masks"] = self.mask_head(src, attention, [f.tensors for f in features[-2::-1]], sizes)
+        if sizes is not None:
+            outputs["mask_sizes"] = sizes[-1]
+        if targets is None:
+            attention = self.bbox_attention(hs, memory, mask)                               # [B, Q, M, H, W]
+            masks = self.mask_head(src, attention.flatten(0, 1), finer, [hs.shape[1]] * len(hs), sizes)
+            outputs["pred_masks"] = masks.unflatten(0, hs.shape[:2])
+            return outputs
+        with torch.autocast(src.device.type, enabled=False):
+            outputs["match"] = self.matcher(in_float32(outputs), targets)
+        matched = [of_image[query.to(hs.device)] for of_image, (query, _) in zip(hs, outputs["match"])]
+        nothing = sum(map(len, matched)) == 0
+        if nothing:                                                         # one query, so that all parameters take part
+            matched[0] = hs[0][:1]
+        attention = torch.cat([self.bbox_attention(one[None], memory[i:i + 1], mask[i:i + 1])[0]
+                               for i, one in enumerate(matched)])                           # [sum N, M, H, W]
+        masks = self.mask_head(src, attention, finer, [len(one) for one in matched], sizes)
+        outputs["pred_masks"] = masks[:0] if nothing else masks
         return outputs
 
 
 class MHAttentionMap(nn.Module):
     """Where each query looks, head by head: attention weights without values.
 
-    As published, the softmax runs over heads and positions together.
+    As published, the softmax runs over heads and positions together. So weights begin as thousandths beside features of
+    about 1, and the convolutions hear them only once they are sharp, which takes long where queries and memory were not
+    made alike by training before. A ``gain`` above 1 multiplies them, and begins with the same projection of both, for a
+    query to find what is like itself (ours).
     """
 
-    def __init__(self, d_model: int, num_heads: int) -> None:
+    def __init__(self, d_model: int, num_heads: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.gain = num_heads, gain
         self.q_linear, self.k_linear = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         for linear in (self.q_linear, self.k_linear):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
+        if gain != 1:
+            self.k_linear.load_state_dict(self.q_linear.state_dict())
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """``queries [B, Q, D]``, ``memory [B, D, H, W]``, ``mask [B, H, W]`` True on padding -> ``[B, Q, M, H, W]``."""
@@ -70,7 +108,8 @@ class MHAttentionMap(nn.Module):
         k = k.unflatten(1, (self.num_heads, -1))                                            # [B, M, D/M, H, W]
         scores = torch.einsum("bqmd,bmdhw->bqmhw", q / q.shape[-1] ** 0.5, k)
         scores = scores.masked_fill(mask[:, None, None], float("-inf"))
-        return scores.flatten(2).softmax(-1).view_as(scores)
+        weights = scores.flatten(2).softmax(-1).view_as(scores)
+        return weights if self.gain == 1 else weights * self.gain
 
 
 class MaskHeadSmallConv(nn.Module):
@@ -96,29 +135,32 @@ class MaskHeadSmallConv(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, src: Tensor, attention: Tensor, fpns: list[Tensor],
+    def forward(self, src: Tensor, attention: Tensor, fpns: list[Tensor], counts: Sequence[int],
                 sizes: Sequence[Sequence[Size]] | None = None) -> Tensor:
-        """``src [B, D, H, W]``, ``attention [B, Q, M, H, W]``, ``fpns`` the backbone's other maps, coarsest first ->
-        mask logits ``[B, Q, H', W']`` at the size of the finest. ``sizes``: the images' extents in ``src`` and in each
-        of ``fpns``, for logits that do not depend on padding."""
-        queries = attention.shape[1]
+        """``src [B, D, H, W]``, ``attention [N, M, H, W]`` of so many queries of each image as ``counts`` says, ``fpns``
+        the backbone's other maps, coarsest first -> mask logits ``[N, H', W']`` at the size of the finest. ``sizes``:
+        the images' extents in ``src`` and in each of ``fpns``, for logits that do not depend on padding."""
+        times = torch.tensor(counts, device=src.device)
+
+        def of_queries(x: Tensor) -> Tensor:
+            return x.repeat_interleave(times, 0, output_size=len(attention))
 
         def inside(x: Tensor, level: int) -> Where | None:
-            return where(x, None if sizes is None else [size for size in sizes[level] for _ in range(queries)])
+            return where(x, None if sizes is None else [s for s, n in zip(sizes[level], counts) for _ in range(n)])
 
-        x = torch.cat([src.repeat_interleave(queries, 0), attention.flatten(0, 1)], dim=1)
+        x = torch.cat([of_queries(src), attention], dim=1)
         at = inside(x, 0)
         x = self.block(1, x, at)
         x = self.block(2, x, at)
         for i, fpn in enumerate(fpns, start=1):
-            fpn = getattr(self, f"adapter{i}")(fpn).repeat_interleave(queries, 0)
+            fpn, before = of_queries(getattr(self, f"adapter{i}")(fpn)), at
             size, at = (fpn.shape[-2], fpn.shape[-1]), inside(fpn, i)
-            x = fpn + (F.interpolate(x, size, mode="nearest") if sizes is None else
-                       exact_upsample(x, sizes[i - 1], sizes[i], size))
+            x = fpn + (F.interpolate(x, size, mode="nearest") if before is None or at is None else
+                       exact_upsample(x, before.sizes, at.sizes, size))
             x = self.block(i + 2, x, at)
         for i in range(len(fpns) + 3, LAYERS + 1):                          # small backbones have fewer maps
             x = self.block(i, x, at)
-        return self.out_lay(zeroed(x, at)).view(len(attention), queries, *x.shape[-2:])
+        return self.out_lay(zeroed(x, at))[:, 0]
 
     def block(self, i: int, x: Tensor, at: Where | None) -> Tensor:
         return F.relu(normalised(getattr(self, f"gn{i}"), getattr(self, f"lay{i}")(zeroed(x, at)), at))

@@ -17,9 +17,10 @@ def sine_encoding(position: Tensor, num_feats: int, temperature: float = 10000.0
 
 def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:
     """Sine encoding of boxes (Liu et al., 2022, DAB-DETR, section 3.3): cxcywh in 0..1 ``[..., 4]`` -> ``[...,
-    4 * num_feats]``, in the order y, x, width, height; y and x as ``PositionEmbeddingSine`` encodes normalised ones."""
-    x, y, w, h = (boxes * 2 * math.pi).unbind(-1)
-    return torch.cat([sine_encoding(c, num_feats) for c in (y, x, w, h)], dim=-1)
+    4 * num_feats]``, in the order y, x, width, height; y and x as ``PositionEmbeddingSine`` encodes normalised ones.
+    Points ``[..., 2]`` (x, y) likewise -> ``[..., 2 * num_feats]``."""
+    x, y, *sides = (boxes * 2 * math.pi).unbind(-1)
+    return torch.cat([sine_encoding(c, num_feats) for c in (y, x, *sides)], dim=-1)
 
 
 class PositionEmbeddingSine(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .structures import Match, Outputs, Target
+from .structures import Match, Outputs, Target, in_float32
 
 Loss = Callable[[Outputs, Sequence[Target], Match, Tensor], dict[str, Tensor]]
 
@@ -34,7 +34,7 @@ class SetCriterion(nn.Module):
         values: dict[str, Tensor] = {}
         for suffix, predictions, objects in self.supervised(outputs, targets):
             predictions = in_float32(predictions)
-            match = self.matcher(predictions, objects)
+            match = predictions["match"] if "match" in predictions else self.matcher(predictions, objects)
             for loss in self.losses:
                 values |= {name + suffix: value for name, value in loss(predictions, objects, match, num_boxes).items()}
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
@@ -69,11 +69,3 @@ def every_row(weights: dict[str, float], dec_layers: int, aux_loss: bool, propos
     layers too, and with ``proposals`` those of a two-stage model."""
     suffixes = [""] + [f"_{i}" for i in range(dec_layers - 1)] * aux_loss + ["_enc"] * proposals
     return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
-
-
-def in_float32(outputs: Outputs) -> Outputs:
-    """Logits, boxes and masks of one layer, in float32."""
-    full: Outputs = {"pred_logits": outputs["pred_logits"].float(), "pred_boxes": outputs["pred_boxes"].float()}
-    if "pred_masks" in outputs:
-        full["pred_masks"] = outputs["pred_masks"].float()
-    return full

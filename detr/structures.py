@@ -5,9 +5,12 @@ Shape letters, everywhere in this project: ``B`` images, ``Q`` queries, ``S`` to
 """
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
+
+Rle = dict[str, Any]
+"""A mask as COCO's run-length code: ``{"size": [height, width], "counts": text}``, ready for json and pycocotools."""
 
 
 class Target(TypedDict, total=False):
@@ -22,14 +25,30 @@ class Target(TypedDict, total=False):
     size: Tensor            # [2] int64 (height, width) as fed, before padding
 
 
+Match = list[tuple[Tensor, Tensor]]
+"""For each image, the matched queries (ascending) and their objects: two int64 tensors of one length, on the CPU."""
+
+
 class Outputs(TypedDict, total=False):
     """What a detector returns."""
     pred_logits: Tensor             # [B, Q, C] (sigmoid) or [B, Q, C + 1] (softmax; "no object" last)
     pred_boxes: Tensor              # [B, Q, 4] cxcywh as fractions of the image
-    pred_masks: Tensor              # [B, Q, H, W] logits, mask models
+    pred_masks: Tensor              # [B, Q, H, W] logits, mask models; or [sum N, H, W], of the matched queries of
+    match: Match                    # what the model matched itself, in training
+    mask_sizes: list[tuple[int, int]]   # (height, width) of each image in them, where padding is exact
     aux_outputs: list[Outputs]      # the same of the earlier decoder layers
     enc_outputs: Outputs            # the proposals of two-stage models, one a token
     invalid_queries: Tensor         # [B, Q] bool, two-stage models: True where a query had no proposal to start from
+
+
+def in_float32(outputs: Outputs) -> Outputs:
+    """Logits, boxes and masks of one layer, in float32."""
+    full: Outputs = {"pred_logits": outputs["pred_logits"].float(), "pred_boxes": outputs["pred_boxes"].float()}
+    if "pred_masks" in outputs:
+        full["pred_masks"] = outputs["pred_masks"].float()
+    if "match" in outputs:
+        full["match"] = outputs["match"]
+    return full
 
 
 class Detections(TypedDict, total=False):
@@ -37,10 +56,8 @@ class Detections(TypedDict, total=False):
     scores: Tensor          # [n] in 0..1
     labels: Tensor          # [n] int64 in 0..C-1
     boxes: Tensor           # [n, 4] xyxy in pixels of the original image
-
-
-Match = list[tuple[Tensor, Tensor]]
-"""For each image, the matched queries (ascending) and their objects: two int64 tensors of one length, on the CPU."""
+    queries: Tensor         # [n] int64, the query each came from; without it there is one detection a query, in order
+    masks: Tensor | list[Rle]   # uint8 [n, 1, H, W] at the original's size, or n codes of such masks
 
 
 class FeatureLevels(NamedTuple):

@@ -1,7 +1,9 @@
-"""Pictures for people: detections drawn on images, sheets that compare them with the ground truth, learning curves."""
+"""Pictures for people: detections, masks and panoptic maps drawn on images, sheets that compare them with the ground
+truth, learning curves."""
 from __future__ import annotations
 
 import colorsys
+import io
 import json
 import math
 import os
@@ -11,22 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 from torch import Tensor
+
+from .structures import Rle
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The twelve numbers of COCO's evaluation in pycocotools' order: precision, then recall with 1, 10 and 100 detections
 an image; s, m, l are small, medium and large objects."""
 
+OPACITY = 0.45                                      # of masks; things of panoptic maps have more of it
+THING_OPACITY = 0.65
+SMALLEST_NAMED = 2                                  # times the pixels of its name has a segment that is named
+
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]               # left, top, right, bottom in pixels, right and bottom left out
+Masks = Tensor | Sequence[Rle]
+"""bool or uint8 ``[n, H, W]`` or ``[n, 1, H, W]``, or n run-length codes, which are decoded one by one."""
 
 
-# Detections on an image.
+# Colours, letters, pictures.
 
 def class_colour(label: int) -> Colour:
     """RGB of a class, the same in every picture. Steps of the golden ratio around the colour wheel keep near labels far
@@ -65,32 +77,55 @@ def viewable(image: Image.Image | Tensor) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def enlarged(image: Image.Image | Tensor, min_side: int) -> tuple[Image.Image, int]:
+    """A ``viewable`` copy, and how many times as large it is: by the least whole number with which its short side has at
+    least ``min_side`` pixels, so that captions can be read; 0 keeps the size."""
+    picture = viewable(image)
+    factor = max(1, math.ceil(min_side / min(picture.size)))
+    width, height = (side * factor for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else picture.copy(), factor
+
+
+def line_width(size: tuple[int, int]) -> int:
+    """Of boxes on a picture of ``size``, in pixels."""
+    return min(max(1, round(min(size) / 160)), 8)
+
+
+def caption_font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
+    """For captions on a picture of ``size``."""
+    return font(min(max(10, round(min(size) / 32)), 40))
+
+
+# Detections on an image.
+
 def draw_detections(image: Image.Image | Tensor, boxes_xyxy: Tensor, labels: Tensor,
                     names: Mapping[int, str] | Sequence[str], scores: Tensor | None = None,
-                    min_side: int = 256) -> Image.Image:
+                    min_side: int = 256, masks: Masks | None = None) -> Image.Image:
     """A ``viewable`` copy of ``image`` with a box in its class's colour and a caption for each object: "ring 0.87".
 
     ``boxes_xyxy [n, 4]`` are corners in pixels of ``image``, may reach over its edges, and are left out where nothing of
-    them is within it; ``labels [n]``; ``names`` gives names for labels; ``scores [n]`` where there are some. Where the
-    short side has less than ``min_side`` pixels, the picture is first enlarged, by the least whole number that reaches
-    it, so that captions can be read; 0 keeps the size.
+    them is within it; ``labels [n]``; ``names`` gives names for labels; ``scores [n]`` where there are some. ``masks``
+    of the objects, in pixels of ``image``, lie under all boxes, see ``draw_masks``. ``min_side``: see ``enlarged``.
     """
     if boxes_xyxy.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
         raise ValueError(f"boxes_xyxy {list(boxes_xyxy.shape)}, labels {list(labels.shape)}, scores "
                          f"{scores if scores is None else list(scores.shape)}: [n, 4], [n] and [n] are needed")
-    picture = viewable(image)
-    factor = max(1, math.ceil(min_side / min(picture.size)))
-    width, height = (side * factor for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else picture.copy()
-    draw = ImageDraw.Draw(picture)
-    line = min(max(1, round(min(width, height) / 160)), 8)
-    letters = font(min(max(10, round(min(width, height) / 32)), 40))
-
     scored = scores.tolist() if scores is not None else [None] * len(labels)
-    objects = [(box, label, score) for box, label, score in zip((boxes_xyxy * factor).round().int().tolist(),
-                                                                labels.tolist(), scored)
-               if overlap(_at_least_a_pixel(box), (0, 0, width, height))]
-    objects.sort(key=lambda row: -1 if row[2] is None else row[2])                     # the surest are drawn on top
+    order = list(range(len(labels))) if scores is None else scores.argsort(stable=True).tolist()    # the surest on top
+    if masks is None:
+        picture, factor = enlarged(image, min_side)
+    else:
+        if len(masks) != len(labels):
+            raise ValueError(f"{len(masks)} masks and {len(labels)} labels: one mask for each object is needed")
+        some = masks[order] if isinstance(masks, Tensor) else [masks[k] for k in order]
+        picture = draw_masks(image, some, labels[order], min_side)
+        factor = picture.width // viewable(image).width
+    width, height = picture.size
+    draw, line, letters = ImageDraw.Draw(picture), line_width(picture.size), caption_font(picture.size)
+
+    corners, classes = (boxes_xyxy * factor).round().int().tolist(), labels.tolist()
+    objects = [(corners[k], classes[k], scored[k]) for k in order
+               if overlap(_at_least_a_pixel(corners[k]), (0, 0, width, height))]
     boxes = [_at_least_a_pixel(box) for box, _, _ in objects]
     for (left, top, right, bottom), (_, label, _) in zip(boxes, objects):
         if line > 1:                                                                    # visible on any ground
@@ -152,6 +187,135 @@ def hidden(rectangle: Rectangle, by: Rectangle) -> float:
     left, top, right, bottom = rectangle
     return overlap(rectangle, by) / ((right - left) * (bottom - top))
 
+
+# Masks and panoptic maps on an image.
+
+def draw_masks(image: Image.Image | Tensor, masks: Masks, labels: Tensor, min_side: int = 256) -> Image.Image:
+    """A ``viewable`` copy of ``image`` with each object's mask in its class's colour, half transparent with an opaque
+    outline; later ones lie over earlier ones. ``labels [n]``; ``min_side``: see ``enlarged``."""
+    picture, factor = enlarged(image, min_side)
+    if len(masks) != len(labels):
+        raise ValueError(f"{len(masks)} masks and {len(labels)} labels: one mask for each object is needed")
+    size = picture.height // factor, picture.width // factor
+    pixels, line = np.array(picture), (line_width(picture.size) + 1) // 2
+    for k, (mask, label) in enumerate(zip(masks, labels.tolist())):
+        inside = as_array(mask)
+        if inside.shape != size:
+            raise ValueError(f"masks[{k}] is {list(inside.shape)} and the image {list(size)}: masks of the image's "
+                             f"height and width are needed")
+        window = ndimage.find_objects(inside.view(np.uint8))
+        if window:                                                                      # else the mask is empty
+            inside = inside[window[0]].repeat(factor, 0).repeat(factor, 1)
+            place = pixels[tuple(slice(side.start * factor, side.stop * factor) for side in window[0])]
+            colour = np.array(class_colour(label))
+            place[inside] = np.rint(place[inside] * (1 - OPACITY) + colour * OPACITY)
+            place[inside & ~ndimage.binary_erosion(inside, iterations=line)] = colour
+    return Image.fromarray(pixels)
+
+
+def as_array(mask: Tensor | Rle) -> np.ndarray:
+    """A mask of ``Masks`` as bool ``[H, W]``."""
+    if isinstance(mask, Tensor):
+        return (mask[0] if mask.dim() == 3 else mask).bool().cpu().numpy()
+    from pycocotools import mask as coco_mask
+    return coco_mask.decode(mask).astype(bool)
+
+
+def thing_colour(label: int, number: int) -> Colour:
+    """RGB of thing ``number`` of its class, counted from 0: the class's, then others of nearly its hue."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in class_colour(label)))
+    hue += 0.14 * ((0.5 + number * 0.6180340) % 1 - 0.5)
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value * (1, 0.62, 0.85, 0.72)[number % 4])
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def stuff_colour(label: int) -> Colour:
+    """RGB of a class of stuff: its colour, greyed, so that things stand out."""
+    red, green, blue = ((c + 150) // 2 for c in class_colour(label))
+    return red, green, blue
+
+
+def draw_panoptic(image: Image.Image | Tensor, ids: np.ndarray | Tensor | bytes,
+                  segments_info: Sequence[Mapping[str, Any]], names: Mapping[int, str] | Sequence[str],
+                  min_side: int = 256) -> Image.Image:
+    """A ``viewable`` copy of ``image`` with the segments of a panoptic map in colours, things apart from each other and
+    stuff by class, their borders, and the names of those that are large enough.
+
+    ``ids [H, W]`` of the image's size, or a PNG whose colours are R + 256 G + 256^2 B; ``segments_info`` has the ``id``,
+    ``category_id`` and ``isthing`` of each segment, and ``names`` the name of each ``category_id``. Pixels of other ids
+    are void and stay as they are. ``min_side``: see ``enlarged``.
+    """
+    picture, factor = enlarged(image, min_side)
+    of_pixels, size = as_ids(ids), (picture.height // factor, picture.width // factor)
+    if of_pixels.shape != size:
+        raise ValueError(f"ids are {list(of_pixels.shape)} and the image {list(size)}: a map of the image's height and "
+                         f"width is needed")
+    values, places = np.unique(of_pixels, return_inverse=True)
+    number = {segment["id"]: n for n, segment in enumerate(segments_info, start=1)}
+    numbers = np.array([number.get(value, 0) for value in values.tolist()])[places].reshape(of_pixels.shape)
+
+    colours: list[Colour] = [(0, 0, 0)]
+    before: dict[int, int] = {}                                                         # things of each class
+    for segment in segments_info:
+        label = segment["category_id"]
+        colours.append(thing_colour(label, before.get(label, 0)) if segment["isthing"] else stuff_colour(label))
+        before[label] = before.get(label, 0) + 1
+    opacity = np.array([0.0] + [THING_OPACITY if segment["isthing"] else OPACITY for segment in segments_info])
+    large = numbers.repeat(factor, 0).repeat(factor, 1)
+    weight = opacity[large][..., None]
+    pixels = np.rint(np.array(picture) * (1 - weight) + np.array(colours)[large] * weight).astype(np.uint8)
+    pixels[borders(large, (line_width(picture.size) + 1) // 2)] = 255
+    picture = Image.fromarray(pixels)
+    name_segments(picture, large, [class_name(segment["category_id"], names) for segment in segments_info], colours[1:])
+    return picture
+
+
+def as_ids(ids: np.ndarray | Tensor | bytes) -> np.ndarray:
+    """Ids of pixels ``[H, W]``."""
+    if isinstance(ids, bytes):
+        with Image.open(io.BytesIO(ids)) as png:
+            return np.asarray(png.convert("RGB")).astype(np.int64) @ (1, 256, 65536)
+    return ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+
+
+def borders(numbers: np.ndarray, line: int) -> np.ndarray:
+    """Pixels of the lines between different numbers ``[H, W]``, about ``line`` wide: bool ``[H, W]``."""
+    found = np.zeros(numbers.shape, bool)
+    for shift in range(1, line + 1):
+        found[:, shift:] |= numbers[:, shift:] != numbers[:, :-shift]
+        found[shift:] |= numbers[shift:] != numbers[:-shift]
+    return found
+
+
+def name_segments(picture: Image.Image, numbers: np.ndarray, names: Sequence[str], colours: Sequence[Colour]) -> None:
+    """Write on ``picture``, in place, the names of the segments, where each is widest and the names of larger ones leave
+    room: ``numbers [H, W]`` from 1, 0 has no name. Segments that a name would hide stay without."""
+    draw, letters = ImageDraw.Draw(picture), caption_font(picture.size)
+    step = max(1, min(picture.size) // 200)                         # where a name stands need not be known to the pixel
+    coarse = numbers[::step, ::step]
+    free = np.ones(coarse.shape, bool)
+    areas = np.bincount(numbers.ravel(), minlength=len(names) + 1)[1:]
+    windows = ndimage.find_objects(coarse, max_label=len(names))
+    captions: list[Rectangle] = []
+    for k in np.argsort(-areas, kind="stable").tolist():
+        width, height = math.ceil(letters.getlength(names[k])) + 6, sum(letters.getmetrics()) + 1
+        if windows[k] is None or areas[k] < SMALLEST_NAMED * width * height or width > picture.width:
+            continue
+        inside = np.pad((coarse[windows[k]] == k + 1) & free[windows[k]], 1)
+        depth = ndimage.distance_transform_edt(inside)
+        y, x = (int(place) - 1 + side.start for place, side in zip(np.unravel_index(depth.argmax(), depth.shape),
+                                                                   windows[k]))
+        left = min(max(0, x * step - width // 2), picture.width - width)
+        top = min(max(0, y * step - height // 2), picture.height - height)
+        place = left, top, left + width, top + height
+        if depth.max() > 0 and not any(overlap(place, other) for other in captions):
+            captions.append(place)
+            free[top // step:place[3] // step + 1, left // step:place[2] // step + 1] = False
+            draw.rectangle((left, top, place[2] - 1, place[3] - 1), fill=colours[k])
+            draw.text((left + 3, top), names[k], text_colour(colours[k]), letters)
+
+
+# Sheets.
 
 def side_by_side(rows: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[str, str],
                  captions: Sequence[str] = (), pairs_across: int = 2) -> Image.Image:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pictures -> the same with boxes, names and scores, and a json of what was found.
+"""Pictures -> the same with boxes, names and scores, masks or panoptic maps, and a json of what was found.
 
     python scripts/predict.py photos 'more/**/*.jpg' one.png --resume outputs/tiny_deformable_detr/checkpoint.pth
 
@@ -11,12 +11,21 @@ taken. The output folder gets a picture for each image, of its own size and upri
     images          id (place of the file in the sorted list), file_name (as found), width, height, picture
     categories      id, name: the data's own, from the checkpoint's class table
     annotations     id, image_id, category_id, category_name, bbox (left, top, width, height in pixels of the image, not
-                    clipped, as in evaluation), area, score, iscrowd
+                    clipped, as in evaluation), area, score, iscrowd; of mask models also segmentation (compressed
+                    run-length code), whose pixels area then counts
 
-Pictures and json hold the detections whose score is at least ``--threshold``; 0 keeps all. Images are prepared as in
-evaluation, by the preprocessing inside the checkpoint. Batches of more than one image are padded to one size, which
-changes the boxes of a model of ``--padding legacy`` a little, and not those of ``exact``. Images that cannot be read are
-named and left out, and the exit code is then 1.
+Panoptic models, which are mask models trained on panoptic data, write maps instead: pictures with their segments, and
+``panoptic.json`` with ``panoptic/*.png`` in COCO's panoptic format: info, images and categories (with isthing) as above,
+and
+
+    annotations     image_id, file_name (in panoptic/), segments_info: id, category_id, category_name, isthing, iscrowd,
+                    bbox, area. The PNG's colours are ids, R + 256 G + 256^2 B; 0 is void
+
+Pictures and json hold the detections whose score is at least ``--threshold``; 0 keeps all. Of a panoptic map it is the
+score that queries must exceed to take part in it. Images are prepared as in evaluation, by the preprocessing inside the
+checkpoint. Batches of more than one image are padded to one size, which changes the boxes of a model of ``--padding
+legacy`` a little, and not those of ``exact``. Images that cannot be read are named and left out, and the exit code is
+then 1.
 
 A model of ``--in_channels`` other than 3 reads images with as many channels; where that is neither 3 nor 1, ``.npy``
 arrays ``[height, width, channels]`` are found in folders, too, and pictures show the first three channels.
@@ -32,26 +41,40 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
 from datasets.coco import COCO_CATEGORIES, class_table
+from datasets.coco_panoptic import COCO_PANOPTIC, COCO_SLOTS, encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
 from datasets.transforms import Preprocessing, eval_transforms
 from detr import checkpoint, config
 from detr.backbone import backbone_of
+from detr.panoptic import PanopticPrediction, PostProcessPanoptic
+from detr.postprocess import PostProcessSegm
 from detr.presets import PRESETS
-from detr.structures import Category, Detections
-from detr.visualize import draw_detections
+from detr.structures import Category, Detections, Outputs
+from detr.visualize import draw_detections, draw_panoptic
 from engine import Progress
 
 FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEFAULT_FOLDER = Path("outputs", "predictions")
+THRESHOLD = 0.5
+
+
+class Seen(NamedTuple):
+    """What a model says of a batch."""
+    outputs: Outputs
+    sizes: Tensor                   # [B, 2] (height, width) of the images
+    fed: Tensor                     # [B, 2] the same as the model got them, without padding
 
 
 @dataclass(frozen=True)
@@ -64,16 +87,44 @@ class Detector:
     name: str
     channels: int = 3               # of the images
     exact: bool = False             # whether padding of a batch leaves the boxes as they are
+    segm: PostProcessSegm | None = None             # of mask models
+    panoptic: PostProcessPanoptic | None = None     # of those for panoptic data
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Picture]) -> list[Detections]:
-        """Images as ``read_image`` gives them, padded to one batch -> the detections of each, boxes as corners in its
-        pixels, on the CPU."""
+    def look(self, images: Sequence[Picture]) -> Seen:
+        """Images as ``read_image`` gives them, padded to one batch."""
         device = next(self.model.parameters()).device
         transforms = eval_transforms(self.preprocessing)
-        outputs = self.model([transforms(image, {})[0].to(device) for image in images])
-        sizes = torch.tensor([height_width(image) for image in images], device=device)
-        return [{name: value.cpu() for name, value in found.items()} for found in self.postprocessor(outputs, sizes)]
+        fed = [transforms(image, {})[0].to(device) for image in images]
+        return Seen(self.model(fed), torch.tensor([height_width(image) for image in images], device=device),
+                    torch.tensor([image.shape[-2:] for image in fed], device=device))
+
+    def detections(self, seen: Seen, threshold: float = 0.0) -> list[Detections]:
+        """The detections of each image, boxes as corners in its pixels, on the CPU. Of mask models they have ``masks``,
+        run-length codes, and are those alone whose score is at least ``threshold``, since masks cost."""
+        found = self.postprocessor(seen.outputs, seen.sizes)
+        if self.segm is not None:
+            found = self.segm([at_least(threshold, one) for one in found], seen.outputs, seen.sizes, seen.fed)
+        return [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in one.items()}
+                for one in found]
+
+    def maps(self, seen: Seen, threshold: float) -> list[PanopticPrediction]:
+        """The panoptic map of each image, of the image's size, made of queries whose score is above ``threshold``."""
+        assert self.panoptic is not None
+        self.panoptic.threshold = threshold
+        return self.panoptic(seen.outputs, seen.fed, seen.sizes)
+
+    def __call__(self, images: Sequence[Picture]) -> list[Detections]:
+        """All ``detections`` of ``images``."""
+        return self.detections(self.look(images))
+
+
+def at_least(threshold: float, found: Detections) -> Detections:
+    """Detections with such a score, which know their queries."""
+    keep = found["scores"] >= threshold
+    queries = found.get("queries", torch.arange(len(keep), device=keep.device))
+    return {"scores": found["scores"][keep], "labels": found["labels"][keep], "boxes": found["boxes"][keep],
+            "queries": queries[keep]}
 
 
 def load_detector(path: str, model_name: str | None = None) -> Detector:
@@ -81,7 +132,8 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
 
     A checkpoint of this project has everything inside. One that holds weights alone, as published, is built as the
     preset ``model_name``, by default ``detr_resnet50`` where its shapes fit; its classes are COCO's where it has 91
-    labels and otherwise have no names, and its preprocessing is the published one. Raises ValueError where file and
+    labels, COCO's panoptic ones where it has masks and 250, and otherwise have no names, and its preprocessing is the
+    published one. Raises ValueError where file and
     model do not fit, and what ``checkpoint.load`` raises.
     """
     content = checkpoint.load(path)
@@ -93,23 +145,33 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {path} holds a {remembered['name']}; leave --model out")
-    settings = config.replace(PRESETS[name].model, {**remembered.get("model", {}), "aux_loss": False})
+    before = {"padding": "legacy"} if remembered else {}                # all there was before checkpoints said so
+    settings = config.replace(PRESETS[name].model, {**before, **remembered.get("model", {}), "aux_loss": False})
     num_classes = content.get("num_classes") or command_line.classes_that_fit(settings, content["model"])
     if num_classes is None:
         raise ValueError(f"{path} says nothing of its number of classes, and with none would it fit {name}; give the "
                          f"--model that it was trained as, or use a checkpoint that main.py wrote")
     model, _, postprocessors = settings.build(num_classes)
     checkpoint.load_model(model, content["model"], path)
+    published_panoptic = getattr(settings, "masks", False) and num_classes == COCO_SLOTS
     categories = command_line.class_table(content) or (
-        class_table(COCO_CATEGORIES) if num_classes == 91 else
+        class_table(COCO_CATEGORIES) if num_classes == 91 else COCO_PANOPTIC if published_panoptic else
         [Category(label, label, f"label {label}") for label in range(num_classes)])
     preprocessing = Preprocessing.from_dict(content["preprocessing"]) if "preprocessing" in content else Preprocessing()
     if not remembered:
-        classes = "COCO's" if num_classes == 91 else f"{num_classes} without names"
+        classes = ("COCO's" if num_classes == 91 else "COCO's panoptic ones" if published_panoptic else
+                   f"{num_classes} without names")
         print(f"{path} holds weights alone: taken as {name}, classes {classes}, short side {preprocessing.size}",
               flush=True)
+    segm, panoptic = postprocessors.get("segm"), None
+    if segm is not None:
+        segm.rle = True
+        if remembered.get("data", {}).get("dataset_file") == "coco_panoptic" or not remembered and published_panoptic:
+            things = {category.label for category in categories if category.isthing}
+            panoptic = settings.panoptic({label: label in things for label in range(num_classes)},
+                                         crop=backbone_of(model).exact)
     return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name, settings.in_channels,
-                    backbone_of(model).exact)
+                    backbone_of(model).exact, segm, panoptic)
 
 
 def find_images(sources: Sequence[str], formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -174,17 +236,74 @@ def read_batches(paths: Sequence[Path], size: int, channels: int,
         yield batch
 
 
-def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: float = 0.5, batch_size: int = 1,
+def check_finite(seen: Seen, paths: Sequence[Path], source: str) -> None:
+    """Raises ValueError for the first image of a batch whose outputs are not numbers, which thresholds would pass over.
+    Logits may be -inf: what has no chance."""
+    outputs = seen.outputs
+    for i, path in enumerate(paths):
+        sound = (outputs["pred_logits"][i] < float("inf")).all() and outputs["pred_boxes"][i].isfinite().all()
+        if not sound or "pred_masks" in outputs and not outputs["pred_masks"][i].isfinite().all():
+            raise ValueError(f"{path}: the model's scores or boxes{' or masks' * ('pred_masks' in outputs)} are not "
+                             f"finite; look for the same in the weights of {source}")
+
+
+def draw_found(image: Picture, found: Detections, threshold: float, categories: dict[int, Category],
+               without_class: Counter[int]) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """A picture of the detections of at least ``threshold``, and their rows for the json. Labels that are not in
+    ``categories`` are left out and counted."""
+    keep = found["scores"] >= threshold
+    used = torch.tensor([label in categories for label in found["labels"].tolist()], dtype=torch.bool)
+    without_class.update(found["labels"][keep & ~used].tolist())
+    scores, labels, boxes_xyxy = (found[name][keep & used] for name in ("scores", "labels", "boxes"))
+    masks = None
+    if "masks" in found:
+        masks = [mask for mask, wanted in zip(found["masks"], (keep & used).tolist()) if wanted]
+    names = {label: category.name for label, category in categories.items()}
+    picture = draw_detections(image, boxes_xyxy, labels, names, scores, min_side=0, masks=masks)
+    boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
+    rows = [{"category_id": categories[label].id, "category_name": names[label], "bbox": box, "area": box[2] * box[3],
+             "score": score, "iscrowd": 0}
+            for label, box, score in zip(labels.tolist(), boxes_xywh.tolist(), scores.tolist())]
+    for row, mask in zip(rows, masks or ()):
+        row |= {"segmentation": mask, "area": int(coco_mask.area(mask))}
+    return picture, rows
+
+
+def draw_map(image: Picture, found: PanopticPrediction, categories: dict[int, Category],
+             without_class: Counter[int]) -> tuple[Image.Image, np.ndarray, list[dict[str, Any]]]:
+    """A picture of a panoptic map, its ids ``[H, W]``, and their segments for the json, counted from 1. Labels that are
+    not in ``categories`` are left out and counted, and become void."""
+    without_class.update(segment["category_id"] for segment in found["segments_info"]
+                         if segment["category_id"] not in categories)
+    known = [segment for segment in found["segments_info"] if segment["category_id"] in categories]
+    before, ids = read_ids("", "the predicted map", found["png_string"]), np.zeros(height_width(image), np.int64)
+    rows, shown = [], []
+    for number, segment in enumerate(known, start=1):
+        inside = before == segment["id"]
+        ids[inside] = number
+        x, y = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
+        category = categories[segment["category_id"]]
+        rows.append({"id": number, "category_id": category.id, "category_name": category.name,
+                     "isthing": int(category.isthing), "iscrowd": 0, "area": int(inside.sum()),
+                     "bbox": [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]})
+        shown.append({"id": number, "category_id": category.label, "isthing": category.isthing})
+    names = {label: category.name for label, category in categories.items()}
+    return draw_panoptic(image, ids, shown, names, min_side=0), ids, rows
+
+
+def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: float = THRESHOLD, batch_size: int = 1,
             source: str = "") -> list[Path]:
-    """Write pictures and ``predictions.json`` for ``paths`` to ``folder``; returns the files that could not be read.
-    ``source`` is what the json says of the checkpoint."""
-    names = {category.label: category.name for category in detector.categories}
-    ids = {category.label: category.id for category in detector.categories}
+    """Write pictures and json (and of panoptic models PNGs) for ``paths`` to ``folder``; returns the files that could not
+    be read. ``source`` is what the json says of the checkpoint."""
+    categories = {category.label: category for category in detector.categories}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     unreadable: list[Path] = []
     without_class: Counter[int] = Counter()
-    pictures = picture_names(paths)
+    pictures, panoptic = picture_names(paths), detector.panoptic is not None
+    maps = picture_names([path.with_suffix(".png") for path in paths])                  # a.jpg and a.png have two
+    if panoptic:
+        (folder / "panoptic").mkdir()
     progress = Progress("images")
     if detector.channels not in (1, 3):
         print(f"pictures show the first {'three ' if detector.channels > 3 else ''}of {detector.channels} channels",
@@ -192,37 +311,41 @@ def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: 
     batches = read_batches(paths, batch_size, detector.channels, unreadable)
     for batch in progress.over(batches, -(-len(paths) // batch_size), ()):
         progress.update({}, len(batch))
-        for (place, image), found in zip(batch, detector([image for _, image in batch]) if batch else ()):
-            if not all(found[name].isfinite().all() for name in ("scores", "boxes")):
-                raise ValueError(f"{paths[place]}: the model's scores or boxes are not finite; look for the same in "
-                                 f"the weights of {source or detector.name}")
-            keep = found["scores"] >= threshold
-            used = torch.tensor([label in names for label in found["labels"].tolist()], dtype=torch.bool)
-            without_class.update(found["labels"][keep & ~used].tolist())
-            scores, labels, boxes_xyxy = (found[name][keep & used] for name in ("scores", "labels", "boxes"))
-            drawn = draw_detections(image, boxes_xyxy, labels, names, scores, min_side=0)
+        if not batch:
+            continue
+        seen = detector.look([image for _, image in batch])
+        check_finite(seen, [paths[place] for place, _ in batch], source or detector.name)
+        results = detector.maps(seen, threshold) if panoptic else detector.detections(seen, threshold)
+        for (place, image), found in zip(batch, results):
+            if panoptic:
+                drawn, ids, segments = draw_map(image, found, categories, without_class)
+                (folder / "panoptic" / maps[place]).write_bytes(encode_ids(ids))
+                annotations.append({"image_id": place + 1, "file_name": maps[place], "segments_info": segments})
+            else:
+                drawn, rows = draw_found(image, found, threshold, categories, without_class)
+                annotations += [{"id": k, "image_id": place + 1, **row}
+                                for k, row in enumerate(rows, start=len(annotations) + 1)]
             drawn.save(folder / pictures[place], **({"quality": 95} if pictures[place].endswith(".jpg") else {}))
             height, width = height_width(image)
             images.append({"id": place + 1, "file_name": paths[place].as_posix(), "width": width, "height": height,
                            "picture": pictures[place]})
-            boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
-            annotations += [{"id": len(annotations) + k, "image_id": place + 1, "category_id": ids[label],
-                             "category_name": names[label], "bbox": box, "area": box[2] * box[3], "score": score,
-                             "iscrowd": 0}
-                            for k, (label, box, score) in enumerate(
-                                zip(labels.tolist(), boxes_xywh.tolist(), scores.tolist()), start=1)]
     if without_class:
-        print(f"left out: {without_class.total()} detections of labels that the data does not use "
-              f"({', '.join(map(str, sorted(without_class)))})")
+        print(f"left out: {without_class.total()} {'segments' if panoptic else 'detections'} of labels that the data "
+              f"does not use ({', '.join(map(str, sorted(without_class)))})")
     info = {"model": detector.name, "checkpoint": source, "threshold": threshold,
             "preprocessing": detector.preprocessing.as_dict()}
-    categories = [{"id": category.id, "name": category.name} for category in detector.categories]
-    partial = folder / ".predictions.json.partial"
-    partial.write_text(json.dumps({"info": info, "images": images, "categories": categories,
-                                   "annotations": annotations}, indent=1))
-    os.replace(partial, folder / "predictions.json")
-    print(f"{len(annotations)} detections with a score of at least {threshold} on {len(images)} images: pictures and "
-          f"predictions.json in {folder}", flush=True)
+    kinds = [{"id": category.id, "name": category.name, **({"isthing": int(category.isthing)} if panoptic else {})}
+             for category in detector.categories]
+    name = "panoptic.json" if panoptic else "predictions.json"
+    partial = folder / f".{name}.partial"
+    partial.write_text(json.dumps({"info": info, "images": images, "categories": kinds, "annotations": annotations},
+                                  indent=1))
+    os.replace(partial, folder / name)
+    what = f"{len(annotations)} detections with a score of at least {threshold} on {len(images)} images: pictures and"
+    if panoptic:
+        what = (f"{sum(len(row['segments_info']) for row in annotations)} segments with a score above {threshold} on "
+                f"{len(images)} images: pictures, panoptic/*.png and")
+    print(f"{what} {name} in {folder}", flush=True)
     return unreadable
 
 
@@ -233,8 +356,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint, path or URL")
     parser.add_argument("--model", metavar="NAME", help="preset of a checkpoint that holds weights alone; default: "
                         f"detr_resnet50 where its shapes fit. One of {', '.join(PRESETS)}")
-    parser.add_argument("--threshold", type=float, default=0.5,
-                        help="least score of what is drawn and written; 0 keeps all (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, help="least score of what is drawn and written; 0 keeps all (default: "
+                        f"{THRESHOLD}; of panoptic models the one of their --panoptic_threshold)")
     parser.add_argument("--output_dir", metavar="DIR", help="new or empty folder to write to (default: a new one, "
                         f"{DEFAULT_FOLDER} or, where that is taken, {DEFAULT_FOLDER}-2, ...)")
     parser.add_argument("--device", help="'cuda', 'mps', 'cpu' (default: the first of them that is there)")
@@ -245,7 +368,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """The program's exit code: 1 where images could not be read."""
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}: scores are between 0 and 1")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: at least 1 is needed")
@@ -253,11 +376,14 @@ def main(args: argparse.Namespace) -> int:
     detector = load_detector(args.resume, args.model)
     paths = find_images(args.sources, FORMATS if detector.channels in (1, 3) else (*FORMATS, ".npy"))
     detector.model.to(device)
-    print(f"model: {detector.name}; images: {len(paths)}; threshold: {args.threshold}; device: {device}", flush=True)
+    threshold = args.threshold
+    if threshold is None:
+        threshold = THRESHOLD if detector.panoptic is None else detector.panoptic.threshold
+    print(f"model: {detector.name}; images: {len(paths)}; threshold: {threshold}; device: {device}", flush=True)
     if args.batch_size > 1 and not detector.exact:
         print("images of a batch are padded to one size, which changes this model's boxes a little; --batch_size 1 does "
               "not", flush=True)
-    unreadable = predict(detector, paths, output_folder(args.output_dir), args.threshold, args.batch_size, args.resume)
+    unreadable = predict(detector, paths, output_folder(args.output_dir), threshold, args.batch_size, args.resume)
     if unreadable:
         print(f"{len(unreadable)} of {len(paths)} images could not be read: {', '.join(map(str, unreadable))}")
     return 1 if unreadable else 0

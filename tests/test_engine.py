@@ -55,7 +55,7 @@ def batch(*ids: int, value: float = 1.0, factor: float = 1.0) -> engine.Batch:
     """Images of ``value`` with these ids."""
     samples = nested_tensor_from_tensor_list([torch.full((3, 4, 5), value) for _ in ids])
     return samples, [{"image_id": torch.tensor([i]), "factor": torch.tensor(factor),
-                      "orig_size": torch.tensor([10 * i, 20 * i])} for i in ids]
+                      "orig_size": torch.tensor([10 * i, 20 * i]), "size": torch.tensor([4, 5])} for i in ids]
 
 
 def train(batches: list, model: nn.Module | None = None, criterion: nn.Module | None = None, lr: float = 0.1,
@@ -164,6 +164,8 @@ def test_predictions_that_are_no_numbers():
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 class Evaluator:
+    kind = "bbox"
+
     def __init__(self, **answer) -> None:
         self.seen: list[dict] = []
         self.answer = answer
@@ -195,7 +197,7 @@ def test_evaluation_waits_for_others_at_its_end_alone(monkeypatch):
     """Processes have different numbers of batches. Here, any exchange but the ones at the end would fail, because the
     other process is not there."""
     model, criterion, postprocessors = build_small("tiny_detr")
-    truth = [target | {"image_id": torch.tensor([i]), "orig_size": torch.tensor([64, 64])}
+    truth = [target | {"image_id": torch.tensor([i]), "orig_size": torch.tensor([64, 64]), "size": torch.tensor([64, 64])}
              for i, target in enumerate(targets(2, 0))]
     batches = [(nested_tensor_from_tensor_list(images((64, 64), (60, 50))), truth)]
     exchanges = []

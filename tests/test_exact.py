@@ -239,7 +239,7 @@ def test_sizes_from_a_mask():
 def test_upsampling_follows_each_images_own_ratio():
     coarse, fine = [(2, 3), (4, 1)], [(5, 8), (9, 3)]
     x = torch.randn(2 * 3, 6, 4, 3)                                            # three maps of each of two images
-    up = exact_upsample(x, coarse, fine, (9, 8))
+    up = exact_upsample(x, [s for s in coarse for _ in range(3)], [s for s in fine for _ in range(3)], (9, 8))
     for i in range(6):
         (h, w), (hf, wf) = coarse[i // 3], fine[i // 3]
         alone = nn.functional.interpolate(x[i:i + 1, :, :h, :w], (hf, wf), mode="nearest")

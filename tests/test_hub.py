@@ -15,9 +15,17 @@ def test_entry(name):
     assert head.out_features == (251 if "panoptic" in name else 92)
 
 
-def test_panoptic_postprocessing_is_refused():
-    with pytest.raises(NotImplementedError, match="not there yet"):
-        torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local", return_postprocessor=True)
+def test_panoptic_postprocessing():
+    """Of COCO's labels, things end at 90."""
+    with torch.device("meta"):
+        _, postprocessor = torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local", return_postprocessor=True)
+    logits = torch.full((1, 2, 251), -20.0)
+    logits[0, 0, 17], logits[0, 1, 190] = 20.0, 20.0
+    masks = torch.full((1, 2, 8, 8), -10.0)
+    masks[0, 0, :4], masks[0, 1, 4:] = 10.0, 10.0
+    outputs = {"pred_logits": logits, "pred_masks": masks, "pred_boxes": torch.rand(1, 2, 4)}
+    found, = postprocessor(outputs, torch.tensor([[32, 32]]))
+    assert [(row["category_id"], row["isthing"]) for row in found["segments_info"]] == [(17, True), (190, False)]
 
 
 def test_postprocessor_and_classes():

@@ -52,8 +52,8 @@ ORIGINAL = [
 NEW = [
     ("model", str, None),
     ("backbone_norm", str, "frozen"), ("from_scratch", bool, False), ("backbone_weights", str, None),
-    ("frozen_stages", int, 1), ("in_channels", int, 3), ("feature_strides", tuple[int, ...], None),
-    ("padding", str, "legacy"), ("pretrained_backbone", bool, False),
+    ("frozen_stages", int, None), ("in_channels", int, 3), ("feature_strides", tuple[int, ...], None),
+    ("padding", str, "legacy"), ("pretrained_backbone", bool, False), ("panoptic_threshold", float, 0.85),
     ("sgd", bool, False), ("lr_drop_epochs", tuple[int, ...], None),
     ("lr_schedule", str, "step"), ("warmup_steps", int, 0), ("ema_decay", float, 0.0), ("amp", str, "off"),
     ("eval_every", int, 1),
@@ -285,7 +285,7 @@ def test_architecture_then_preset_then_checkpoint_then_typed(tmp_path):
     resumed = settle(f"--resume {file}")                                                    # the checkpoint's
     assert (resumed.name, resumed.train.lr, resumed.train.epochs) == ("tiny_detr", 7e-4, 9)
     assert resumed.model == dataclasses.replace(tiny.model, num_queries=12, aux_loss=False)
-    assert resumed.categories == [(0, 3, "red")]
+    assert resumed.categories == [(0, 3, "red", True)]
     typed = settle(f"--resume {file} --lr 2e-4 --num_queries 13 --model tiny_detr")         # what was typed
     assert (typed.train.lr, typed.model.num_queries, typed.train.epochs) == (2e-4, 13, 9)
 
@@ -332,11 +332,7 @@ def test_which_model_when_none_is_named(line, name):
 
 def test_every_preset_can_be_chosen():
     for name, preset in PRESETS.items():
-        if getattr(preset.model, "masks", False):
-            with pytest.raises(ValueError, match="masks is not there yet"):
-                settle(f"--model {name}")
-        else:
-            assert settle(f"--model {name}").model == preset.model
+        assert settle(f"--model {name}").model == preset.model
 
 
 def test_build_model_takes_the_parsers_flags():
@@ -414,19 +410,11 @@ def test_classes_that_fit():
 
 @pytest.mark.parametrize("line, message", [
     ("--model tiny_detrr", "--model tiny_detrr is not known; did you mean tiny_detr?; known are detr_resnet50, "),
-    ("--model detr_resnet50 --masks", "training and evaluating masks is not there yet; from Python, "
-     "build_model('detr_resnet50_panoptic')"),
-    ("--model detr_resnet50_panoptic --eval", "masks is not there yet"),
-    ("--dataset_file coco_panoptic", "masks is not there yet"),
-    ("--coco_panoptic_path x", "masks is not there yet"),
-    ("--model detr_resnet50 --frozen_weights x.pth", "masks is not there yet"),
-    ("--masks", "--masks: tiny_deformable_detr has no such option; did you mean "),
     ("--model tiny_detr --max_size 300", "--max_size has no effect where --image_size is exact"),
     ("--model tiny_deformable_detr --position_embedding_scale 1",
      "--position_embedding_scale has no effect without encoder layers, which alone use positions"),
     ("--model deformable_detr_resnet50_two_stage --coco_path x --no_aux_loss",
      "--no_aux_loss with box refinement would leave the heads of all layers but the last untrained"),
-    ("--model deformable_detr_resnet50 --masks", "--masks: deformable_detr_resnet50 has no such option"),
     ("--coco_path x --two_stage", "--two_stage: detr_resnet50 has no such option"),
     ("--model tiny_detr --lr_drop 3", "--lr_drop has no effect with --lr_schedule cosine"),
     ("--eval --epochs 3", "--epochs has no effect with --eval"),
@@ -607,7 +595,7 @@ def test_more_objects_than_queries(data, tmp_path):
 
 def test_batches_larger_than_the_data(data, tmp_path):
     message = refused(f"--coco_path {data} --batch_size 17 --output_dir {tmp_path}/out", ValueError)
-    assert "--batch_size 17 on 1 processes needs more than the 16 training images; lower it" in message
+    assert "--batch_size 17 on 1 processes needs 17 training images, and there are 16; lower it" in message
 
 
 def test_a_loss_that_is_no_number_stops_training(data, tmp_path):
@@ -671,8 +659,8 @@ def test_published_preset_without_network(data, tmp_path, monkeypatch, capsys):
             assert words in str(error.value)
     assert f"downloading https://download.pytorch.org/models/{backbone}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="no ImageNet weights are known for --backbone resnet_tiny: name a file with "
-                                         "--backbone_weights FILE; to train the backbone from random weights, add"):
+    with pytest.raises(ValueError, match="--backbone resnet_tiny has no weights that are fetched unasked: name a file "
+                                         "with --backbone_weights FILE; to train the backbone from random weights, add"):
         main.main(parse(PUBLISHED + f"--coco_path {data} --output_dir {tmp_path}/out --backbone resnet_tiny"))
     results, text = run(PUBLISHED + f"--coco_path {data} --output_dir {tmp_path}/out --backbone resnet_tiny "
                         "--from_scratch --backbone_norm group --lr_backbone 1e-4")
@@ -779,7 +767,8 @@ def test_checkpoint_is_complete(trained):
     assert {"model", "optimizer", "lr_scheduler", "epoch", "config", "categories", "num_classes",
             "preprocessing"} <= set(state)
     assert state["epoch"] == 11 and state["num_classes"] == 2
-    assert state["categories"] == [{"label": 0, "id": 3, "name": "red"}, {"label": 1, "id": 7, "name": "blue"}]
+    assert state["categories"] == [{"label": 0, "id": 3, "name": "red", "isthing": True},
+                                   {"label": 1, "id": 7, "name": "blue", "isthing": True}]
     assert Preprocessing.from_dict(state["preprocessing"]) == Preprocessing(64, 224)
     assert state["config"]["train"]["lr"] == 1e-3 and state["config"]["data"]["image_size"] == "64"
     assert rebuilt(trained).transformer.proposals.num_queries == 10
@@ -1057,7 +1046,7 @@ def test_three_groups_are_restored():
     model = Heads(3, layers=3)
 
     def made(train: TrainConfig, rates: tuple[float, ...]):
-        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None)
+        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None, None)
         groups = [{"params": [*head.parameters()], "lr": lr} for head, lr in zip(model.class_embed, rates)]
         return settings, main.make_optimizer(groups, train)
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import build_small, images, targets
 
 from detr.mask_head import MaskHeadSmallConv, MHAttentionMap
 
@@ -38,19 +39,21 @@ def test_attention_map_gradient():
 def parts(queries: int = Q) -> tuple[MaskHeadSmallConv, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(0)
     head = MaskHeadSmallConv(128 + 8, 128, [24, 12, 6])
-    src, attention = torch.randn(B, 128, 2, 3), torch.rand(B, queries, 8, 2, 3)
+    src, attention = torch.randn(B, 128, 2, 3), torch.rand(B * queries, 8, 2, 3)
     return head, src, attention, [torch.randn(B, 24, 4, 5), torch.randn(B, 12, 7, 9), torch.randn(B, 6, 13, 18)]
 
 
 def test_masks_of_each_query():
     head, src, attention, fpns = parts()
-    masks = head(src, attention, fpns)
-    assert masks.shape == (B, Q, 13, 18)
-    for b in range(B):
-        for i in range(Q):
-            alone = head(src[b:b + 1], attention[b:b + 1, i:i + 1], [fpn[b:b + 1] for fpn in fpns])
-            torch.testing.assert_close(alone[0, 0], masks[b, i], atol=1e-5, rtol=0)
-    assert not torch.allclose(masks[0, 0], masks[0, 1], atol=1e-3)
+    masks = head(src, attention, fpns, [Q, Q])
+    assert masks.shape == (B * Q, 13, 18)
+    for i in range(B * Q):
+        b = i // Q
+        alone = head(src[b:b + 1], attention[i:i + 1], [fpn[b:b + 1] for fpn in fpns], [1])
+        torch.testing.assert_close(alone[0], masks[i], atol=1e-5, rtol=0)
+    assert not torch.allclose(masks[0], masks[1], atol=1e-3)
+    few = head(src, attention[[1, 4, 5]], fpns, [1, 2])                         # images may have different numbers
+    torch.testing.assert_close(few, masks[[1, 4, 5]], atol=1e-5, rtol=0)
 
 
 def test_masks_step_by_step():
@@ -61,14 +64,14 @@ def test_masks_step_by_step():
                             state[f"gn{i}.weight"], state[f"gn{i}.bias"]).relu()
 
     state = head.state_dict()
-    x = block(2, block(1, torch.cat([src, attention[:, 0]], 1)))
+    x = block(2, block(1, torch.cat([src, attention], 1)))
     for i, fpn in enumerate(fpns, start=1):
         lateral = F.conv2d(fpn, state[f"adapter{i}.weight"], state[f"adapter{i}.bias"])
         rows = torch.arange(fpn.shape[2]) * x.shape[2] // fpn.shape[2]          # nearest, rounded down
         columns = torch.arange(fpn.shape[3]) * x.shape[3] // fpn.shape[3]
         x = block(i + 2, lateral + x[:, :, rows][..., columns])
     expected = F.conv2d(x, state["out_lay.weight"], state["out_lay.bias"], padding=1)
-    torch.testing.assert_close(head(src, attention, fpns), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head(src, attention, fpns, [1, 1]), expected[:, 0], atol=1e-5, rtol=1e-4)
 
 
 def test_initialisation():
@@ -82,7 +85,7 @@ def test_initialisation():
 
 def test_every_parameter_is_used():
     head, src, attention, fpns = parts()
-    head(src, attention, fpns).square().sum().backward()
+    head(src, attention, fpns, [Q, Q]).square().sum().backward()
     assert all(p.grad is not None for p in head.parameters())
 
 
@@ -90,3 +93,27 @@ def test_every_parameter_is_used():
 def test_widths_that_group_normalisation_cannot_divide(hidden_dim, nheads):
     with pytest.raises(ValueError, match="masks need .*hidden_dim"):
         MaskHeadSmallConv(hidden_dim + nheads, hidden_dim, [1024, 512, 256])
+
+
+@pytest.mark.parametrize("name", ["detr_resnet50_panoptic", "deformable_detr_resnet50_two_stage"])
+@pytest.mark.parametrize("counts", [(2, 3), (0, 4), (0, 0)])
+@pytest.mark.parametrize("padding", ["legacy", "exact"])
+def test_training_with_targets_computes_matched_masks_alone(name, counts, padding):
+    """The same losses and gradients as with the masks of all queries."""
+    model, criterion, _ = build_small(name, masks=True, hidden_dim=128, nheads=8, padding=padding, dropout=0.0)
+    given, objects = images((64, 64), (50, 40)), targets(*counts)
+    gradients = []
+    for arguments in ((given,), (given, objects)):
+        model.zero_grad()
+        outputs = model(*arguments)
+        losses = criterion(outputs, objects)
+        criterion.weighted_sum(losses).backward()
+        gradients.append((losses, {key: p.grad for key, p in model.named_parameters() if p.requires_grad}))
+    assert outputs["pred_masks"].shape == (sum(counts), 16, 16)
+    (losses, every), (same, matched) = gradients
+    for key, value in losses.items():
+        torch.testing.assert_close(same[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    for key, value in every.items():
+        assert matched[key] is not None, key
+        scale = max(value.abs().max().item(), 1e-2)
+        assert (matched[key] - value).abs().max() < 1e-3 * scale, key

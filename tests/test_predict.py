@@ -1,6 +1,7 @@
 """``scripts/predict.py`` with a small random model: what it writes, under which names, and what it refuses."""
 import dataclasses
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.coco import COCO_CATEGORIES
+from datasets.coco_panoptic import COCO_PANOPTIC, PanopticAnnotations
 from datasets.images import read_image
 from datasets.transforms import Preprocessing, eval_transforms
 from detr import checkpoint
@@ -162,6 +165,189 @@ def test_names_that_are_taken(script):
     assert len({name.lower() for name in names}) == len(paths)
 
 
+# Masks.
+
+MASKS = dataclasses.replace(SMALL, masks=True, hidden_dim=128, nheads=8)
+PANOPTIC_TABLE = [{**TABLE[0], "isthing": True}, {**TABLE[1], "isthing": False}, {**TABLE[2], "isthing": True}]
+
+
+@pytest.fixture(scope="module")
+def trained_masks(tmp_path_factory):
+    """A checkpoint of a mask model with random weights, whose queries are of different classes and masks, and none of no
+    object: (kind of data, class table) -> path."""
+    def make(dataset_file: str, table: list[dict] = PANOPTIC_TABLE, **options) -> Path:
+        torch.manual_seed(1)
+        settings = dataclasses.replace(MASKS, **options)
+        model = settings.build(3)[0]
+        with torch.no_grad():
+            classes = model.detr.class_embed
+            model.detr.query_embed.weight *= 30                                 # each looks elsewhere
+            model.bbox_attention.q_linear.weight *= 30
+            model.mask_head.lay1.weight[:, MASKS.hidden_dim:] *= 1000           # and its mask shows it
+            classes.weight *= 20
+            classes.bias[:3] -= model.eval()([4.4 * torch.rand(3, 100, 64) - 2])["pred_logits"][0, :, :3].mean(0)
+            classes.bias[3] = -1000
+        path = tmp_path_factory.mktemp("masks") / "checkpoint.pth"
+        checkpoint.save(path, {"model": model.state_dict(), "categories": table, "num_classes": 3,
+                               "config": {"name": "detr_resnet50", "model": dataclasses.asdict(settings), "train": {},
+                                          "data": {"dataset_file": dataset_file}},
+                               "preprocessing": Preprocessing(64, 100).as_dict()})
+        return path
+    return make
+
+
+def outputs_of(path: Path, image: dict, settings: DETRConfig = MASKS):
+    """Outputs of the model in a checkpoint, the image's size and the size fed, and the post-processing."""
+    model, _, postprocessors = settings.build(3)
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    tensor, _ = eval_transforms(Preprocessing(64, 100))(read_image(image["file_name"]), {})
+    with torch.no_grad():
+        outputs = model.eval()([tensor])
+    return outputs, torch.tensor([[image["height"], image["width"]]]), torch.tensor([tensor.shape[-2:]]), postprocessors
+
+
+def test_masks_are_the_evaluations(script, trained_masks, photos):
+    trained = trained_masks("coco")
+    call(script, "photos/*", "--resume", trained, "--threshold", "0", "--output_dir", "out")
+    found = predictions()
+    covered = 0
+    for image in found["images"]:
+        outputs, size, fed, postprocessors = outputs_of(trained, image)
+        direct = postprocessors["segm"](postprocessors["bbox"](outputs, size), outputs, size, fed)[0]
+        rows = [row for row in found["annotations"] if row["image_id"] == image["id"]]
+        assert len(rows) == 5
+        for row, mask in zip(rows, direct["masks"]):
+            assert isinstance(row["segmentation"]["counts"], str)
+            assert row["segmentation"]["size"] == [image["height"], image["width"]]
+            assert np.array_equal(coco_mask.decode(row["segmentation"]), mask[0].numpy())
+            assert row["area"] == mask.sum() and isinstance(row["area"], int)
+            covered += row["area"]
+    assert len({row["segmentation"]["counts"] for row in found["annotations"]}) > 5
+    assert 0 < covered < sum(5 * image["height"] * image["width"] for image in found["images"])
+    truth = COCO("out/predictions.json")
+    assert np.array_equal(truth.annToMask(truth.anns[1]), coco_mask.decode(found["annotations"][0]["segmentation"]))
+    assert len(truth.loadRes([{**row} for row in found["annotations"]]).getAnnIds()) == len(found["annotations"]) == 10
+
+
+def test_masks_are_drawn(script, trained_masks, photos, monkeypatch):
+    trained, shown = trained_masks("coco"), []
+    draw = script.draw_detections
+    monkeypatch.setattr(script, "draw_detections", lambda *words, masks, **more: (
+        shown.append((words[2].tolist(), masks)), draw(*words, masks=masks, **more))[1])
+    call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "all")
+    rows = predictions("all")["annotations"]
+    assert [mask for _, masks in shown for mask in masks] == [row["segmentation"] for row in rows]
+    threshold = next(later["score"] for row, later in zip(rows, rows[1:])               # not the first few alone
+                     if row["score"] < later["score"] and row["image_id"] == later["image_id"])
+    call(script, "photos", "--resume", trained, "--threshold", threshold, "--output_dir", "some")
+    some = [{**row, "id": 0} for row in predictions("some")["annotations"]]
+    assert some == [{**row, "id": 0} for row in rows if row["score"] >= threshold] and len(some) < 10
+    assert [len(masks) for labels, masks in shown[2:]] == [len(labels) for labels, _ in shown[2:]]
+
+
+def test_masks_of_labels_that_the_data_does_not_use(script, trained_masks, photos, capsys):
+    """Boxes and masks that stay belong together."""
+    call(script, "photos/b.png", "--resume", trained_masks("coco"), "--threshold", "0", "--output_dir", "every")
+    every = predictions("every")["annotations"]
+    table = [row for row in PANOPTIC_TABLE if row["id"] != every[0]["category_id"]]
+    call(script, "photos/b.png", "--resume", trained_masks("coco", table), "--threshold", "0", "--output_dir", "some")
+    rows = [{**row, "id": 0} for row in every if row["category_id"] != every[0]["category_id"]]
+    assert 0 < len(rows) < 5 and [{**row, "id": 0} for row in predictions("some")["annotations"]] == rows
+    assert f"left out: {5 - len(rows)} detections of labels that the data does not use" in capsys.readouterr().out
+
+
+def test_masks_that_are_no_numbers(script, trained_masks, photos):
+    for data in ("coco", "coco_panoptic"):
+        detector = script.load_detector(str(trained_masks(data)))
+        with torch.no_grad():
+            detector.model.mask_head.out_lay.bias.fill_(float("nan"))
+        Path(data).mkdir()
+        with pytest.raises(ValueError, match="photos/a.jpg: the model's scores or boxes or masks are not finite"):
+            script.predict(detector, [Path("photos/a.jpg")], Path(data), 0.5)
+
+
+# Panoptic maps.
+
+def panoptic(folder="out") -> dict:
+    return json.loads(Path(folder, "panoptic.json").read_text())
+
+
+def test_maps_are_the_evaluations(script, trained_masks, photos, capsys):
+    """The json is read as panoptic data, checks included, and has what the post-processing gives."""
+    shutil.copy("photos/b.png", "photos/a.png")
+    trained = trained_masks("coco_panoptic")
+    assert call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "out") == 0
+    found = panoptic()
+    assert sorted(path.relative_to("out").as_posix() for path in Path("out").rglob("*.*")) == [
+        "a.jpg", "a.png", "b.png", "panoptic.json", "panoptic/a-2.png", "panoptic/a.png", "panoptic/b.png"]
+    assert [(row["file_name"], row["picture"]) for row in found["images"]] \
+        == [("photos/a.jpg", "a.jpg"), ("photos/a.png", "a.png"), ("photos/b.png", "b.png")]
+    assert found["categories"] == [{"id": row["id"], "name": row["name"], "isthing": int(row["isthing"])}
+                                   for row in PANOPTIC_TABLE]
+    data = PanopticAnnotations("out/panoptic", "out/panoptic.json")
+    kinds = set()
+    for i, (image, row) in enumerate(zip(found["images"], found["annotations"])):
+        outputs, size, fed, _ = outputs_of(trained, image)
+        things = {row["label"]: row["isthing"] for row in PANOPTIC_TABLE}
+        direct = dataclasses.replace(MASKS, panoptic_threshold=0.0).panoptic(things, crop=False)(outputs, fed, size)[0]
+        assert [(s["category_id"], s["isthing"], s["area"]) for s in row["segments_info"]] \
+            == [(TABLE[s["category_id"]]["id"], s["isthing"], s["area"]) for s in direct["segments_info"]]
+        want = np.asarray(Image.open(io.BytesIO(direct["png_string"])))[..., 0]
+        assert np.array_equal(data.numbers(i), want + 1)
+        for segment in row["segments_info"]:
+            y, x = np.nonzero(data.numbers(i) == segment["id"])
+            assert segment["area"] == len(x) and segment["iscrowd"] == 0
+            assert segment["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            kinds.add(segment["category_name"])
+        assert (np.asarray(Image.open(Path("out", image["picture"]))) != read_image(image["file_name"])).any()
+    assert len(kinds) >= 2
+    count = sum(len(row["segments_info"]) for row in found["annotations"])
+    assert f"{count} segments with a score above 0.0 on 3 images" in capsys.readouterr().out
+
+
+def test_maps_without_segments(script, trained_masks, photos):
+    call(script, "photos", "--resume", trained_masks("coco_panoptic"), "--threshold", "1", "--output_dir", "out")
+    assert [row["segments_info"] for row in panoptic()["annotations"]] == [[], []]
+    assert not np.asarray(Image.open("out/panoptic/b.png")).any()
+    assert np.array_equal(np.asarray(Image.open("out/b.png")), np.asarray(Image.open("photos/b.png")))
+
+
+def test_the_threshold_of_maps_is_the_models(script, trained_masks, photos):
+    for words, want in (((), 0.25), (("--threshold", 0.75), 0.75)):
+        call(script, "photos/b.png", "--resume", trained_masks("coco_panoptic", panoptic_threshold=0.25), *words,
+             "--output_dir", f"by {want}")
+        assert panoptic(f"by {want}")["info"]["threshold"] == want
+    call(script, "photos/b.png", "--resume", trained_masks("coco"), "--output_dir", "boxes")
+    assert predictions("boxes")["info"]["threshold"] == 0.5
+
+
+def test_segments_of_labels_that_the_data_does_not_use(script, trained_masks, photos, capsys):
+    """They are void, and the others as they were."""
+    every = trained_masks("coco_panoptic")
+    call(script, "photos/b.png", "--resume", every, "--threshold", "0", "--output_dir", "every")
+    rows = panoptic("every")["annotations"][0]["segments_info"]
+    unused = rows[0]["category_id"]
+    some = trained_masks("coco_panoptic", [row for row in PANOPTIC_TABLE if row["id"] != unused])
+    call(script, "photos/b.png", "--resume", some, "--threshold", "0", "--output_dir", "some")
+    kept = panoptic("some")["annotations"][0]["segments_info"]
+    assert [row["id"] for row in kept] == list(range(1, len(kept) + 1))
+    assert [(row["category_id"], row["area"]) for row in kept if row["isthing"]] \
+        == [(row["category_id"], row["area"]) for row in rows if row["isthing"] and row["category_id"] != unused]
+    data = PanopticAnnotations("some/panoptic", "some/panoptic.json")
+    assert (data.numbers(0) == 0).any() and "segments of labels that the data does not use" in capsys.readouterr().out
+
+
+def test_published_panoptic_weights(script, published, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset(MASKS))
+    torch.save(MASKS.build(250)[0].state_dict(), published(250))
+    with pytest.raises(ValueError):
+        script.load_detector(published(250), "small")                           # no masks in it
+    torch.save({"model": MASKS.build(250)[0].state_dict()}, tmp_path / "small.pth")
+    detector = script.load_detector(str(tmp_path / "small.pth"), "small")
+    assert detector.categories == COCO_PANOPTIC and detector.panoptic.threshold == 0.85
+    assert [detector.panoptic.is_thing(label) for label in (1, 90, 92, 200)] == [True, True, False, False]
+
+
 # Images that are not RGB.
 
 @pytest.fixture
@@ -290,7 +476,7 @@ def test_weights_alone_with_cocos_classes(script, published, capsys):
 
 def test_weights_alone_with_other_classes(script, published):
     detector = script.load_detector(published(4, config="of another program"), "small")
-    assert detector.categories == [(label, label, f"label {label}") for label in range(4)]
+    assert detector.categories == [(label, label, f"label {label}", True) for label in range(4)]
 
 
 def test_weights_alone_without_a_name(script, published):
@@ -317,7 +503,7 @@ def test_labels_that_the_data_does_not_use(script, published, photos, capsys):
 
 def test_all_sides_of_the_checkpoint_are_used(script, trained):
     detector = script.load_detector(str(trained))
-    assert detector.preprocessing == Preprocessing(64, 100) and detector.categories[2] == (2, 40, "5 µm")
+    assert detector.preprocessing == Preprocessing(64, 100) and detector.categories[2] == (2, 40, "5 µm", True)
     expected = torch.load(trained, weights_only=True)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in detector.model.state_dict().items())
     found = detector([Image.new("RGB", (60, 50)), Image.new("RGB", (80, 90))])

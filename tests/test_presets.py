@@ -154,7 +154,7 @@ def test_flags_of_training_change_nothing():
     ({"zzz": 1}, "no option 'zzz'"),
     ({"position_embedding": "spiral"}, "--position_embedding 'spiral' is not one of sine, learned"),
     ({"backbone_norm": "layer"}, "--backbone_norm 'layer' is not one of frozen, batch, group"),
-    ({"backbone": "resnet19"}, "backbone 'resnet19' is not known; use one of resnet18"),
+    ({"backbone": "resnet19"}, "--backbone resnet19 is not known; there are resnet18"),
     ({"backbone": "resnet18", "dilation": True}, "--dilation needs bottleneck blocks"),
     ({"nheads": 7}, "hidden_dim 256 does not divide into nheads 7"),
     ({"masks": True, "hidden_dim": 64}, r"masks need hidden_dim \(64\) to divide by 128"),

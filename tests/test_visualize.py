@@ -1,4 +1,5 @@
 """What the pictures show: colours, boxes and captions at their places; curves from logs as they come."""
+import io
 import json
 import math
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from detr import visualize
 from detr.visualize import (
@@ -13,6 +15,8 @@ from detr.visualize import (
     class_colour,
     draw_curves,
     draw_detections,
+    draw_masks,
+    draw_panoptic,
     font,
     overlap,
     place_caption,
@@ -20,7 +24,9 @@ from detr.visualize import (
     series,
     shorten,
     side_by_side,
+    stuff_colour,
     text_colour,
+    thing_colour,
     viewable,
 )
 
@@ -181,6 +187,169 @@ def test_detections_on_any_picture():
     want = draw_detections(canvas(), boxes, labels, NAMES)
     for image in (torch.full((5, 260, 300), 128, dtype=torch.uint8), Image.new("L", (300, 260), 128)):
         assert draw_detections(image, boxes, labels, NAMES).tobytes() == want.tobytes()
+
+
+# Masks.
+
+def rectangles(*boxes, height=260, width=300) -> torch.Tensor:
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes):
+        mask[top:bottom, left:right] = True
+    return masks
+
+
+def mixed(colour, opacity, ground=GREY):
+    return np.rint(np.array(ground) * (1 - opacity) + np.array(colour) * opacity)
+
+
+def test_a_mask_is_where_it_should_be():
+    image, masks = canvas(), rectangles((60, 80, 200, 180))
+    picture = draw_masks(image, masks, torch.tensor([2]), min_side=0)
+    assert not changed(image).any() and np.array_equal(changed(picture), masks[0].numpy())
+    outline = of_colour(picture, class_colour(2))
+    assert outline[80, 60:200].all() and outline[179, 60:200].all() and outline[80:180, 60].all()
+    assert not outline[85:175, 65:195].any()
+    assert (np.asarray(picture)[85:175, 65:195] == mixed(class_colour(2), visualize.OPACITY)).all()     # half transparent
+
+
+def test_masks_of_all_kinds_are_drawn_alike():
+    """bool, uint8, with a dimension between, and run-length codes, whose counts are text or bytes."""
+    image, labels = canvas(), torch.tensor([0, 2])
+    masks = torch.from_numpy(np.random.RandomState(0).rand(2, 260, 300) < 0.7)
+    want = draw_masks(image, masks, labels)
+    codes = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    texts = [{**code, "counts": code["counts"].decode()} for code in codes]
+    for same in (masks.byte(), masks[:, None], codes, texts):
+        assert draw_masks(image, same, labels).tobytes() == want.tobytes()
+
+
+def test_masks_are_enlarged_with_the_picture():
+    masks = rectangles((20, 30, 50, 60), height=100, width=128)
+    picture = draw_masks(canvas(128, 100), masks, torch.tensor([0]), min_side=256)
+    assert picture.size == (384, 300)
+    assert np.array_equal(changed(picture), masks[0].numpy().repeat(3, 0).repeat(3, 1))
+
+
+def test_the_surest_mask_is_on_top_and_boxes_on_all():
+    box, masks = (50, 60, 200, 200), rectangles((50, 60, 200, 200), (50, 60, 200, 200))
+    boxes, labels = torch.tensor([box, box], dtype=torch.float32), torch.tensor([0, 2])
+    for scores in ([0.9, 0.4], [0.4, 0.9]):
+        picture = draw_detections(canvas(), boxes, labels, NAMES, torch.tensor(scores), 0, masks)
+        under, over = class_colour(2), class_colour(0)
+        if scores[1] > 0.5:
+            under, over = over, under
+        want = mixed(over, visualize.OPACITY, mixed(under, visualize.OPACITY))
+        assert (np.asarray(picture)[100:150, 100:150] == want).all()
+        assert of_colour(picture, over)[150, 50]
+    empty = draw_detections(canvas(), boxes, labels, NAMES, None, 0, torch.zeros_like(masks))
+    assert empty.tobytes() == draw_detections(canvas(), boxes, labels, NAMES, None, 0).tobytes()
+
+
+def test_each_object_has_its_own_mask():
+    """Whatever the order of the scores; run-length codes, too."""
+    boxes, labels = torch.tensor([[50.0, 60, 100, 100], [150, 60, 200, 100]]), torch.tensor([0, 2])
+    masks = rectangles((60, 120, 80, 140), (160, 120, 180, 140))
+    codes = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    for scores in ([0.9, 0.4], [0.4, 0.9]):
+        for same in (masks, codes):
+            picture = draw_detections(canvas(), boxes, labels, NAMES, torch.tensor(scores), 0, same)
+            assert of_colour(picture, class_colour(0))[120, 60:80].all()
+            assert of_colour(picture, class_colour(2))[120, 160:180].all()
+
+
+def test_a_mask_whose_box_is_outside_is_drawn_all_the_same():
+    picture = draw_detections(canvas(), torch.tensor([[-50.0, -40, -3, -2]]), torch.tensor([0]), NAMES, None, 0,
+                              rectangles((100, 100, 120, 120)))
+    assert np.array_equal(changed(picture), rectangles((100, 100, 120, 120))[0].numpy())
+
+
+def test_masks_that_do_not_belong_to_the_picture():
+    with pytest.raises(ValueError, match=r"masks\[0\] is \[20, 30\] and the image \[260, 300\]: masks of the image's"):
+        draw_masks(canvas(), torch.zeros(1, 20, 30), torch.tensor([0]))
+    for draw_them in (lambda masks: draw_masks(canvas(), masks, torch.zeros(1)),
+                      lambda masks: draw_detections(canvas(), torch.zeros(1, 4), torch.zeros(1), NAMES, masks=masks)):
+        with pytest.raises(ValueError, match="2 masks and 1 labels: one mask for each object"):
+            draw_them(torch.zeros(2, 260, 300))
+
+
+# Panoptic maps.
+
+def panoptic_of(*boxes, stuff=3) -> tuple[np.ndarray, list[dict]]:
+    """Things of class 0 in boxes, the rest one stuff; ids are no places in the list."""
+    ids = np.full((260, 300), 70_000)
+    for k, (left, top, right, bottom) in enumerate(boxes):
+        ids[top:bottom, left:right] = 300 + k
+    return ids, [{"id": 70_000, "category_id": stuff, "isthing": False},
+                 *({"id": 300 + k, "category_id": 0, "isthing": True} for k in range(len(boxes)))]
+
+
+def test_segments_have_their_colours_and_borders(monkeypatch):
+    monkeypatch.setattr(visualize, "name_segments", lambda *_: None)
+    ids, segments = panoptic_of((20, 30, 90, 100), (90, 30, 160, 100))
+    pixels = np.asarray(draw_panoptic(canvas(), ids, segments, {}, min_side=0))
+    assert (pixels[40:95, 30:80] == mixed(thing_colour(0, 0), visualize.THING_OPACITY)).all()
+    assert (pixels[40:95, 100:150] == mixed(thing_colour(0, 1), visualize.THING_OPACITY)).all()
+    assert (pixels[110:] == mixed(stuff_colour(3), visualize.OPACITY)).all()
+    white = (pixels == 255).all(-1)
+    assert white[30, 20:160].all() and white[100, 20:160].all() and white[30:100, 90].all() and white[30:100, 160].all()
+    assert not white[:29].any() and not white[40:95, 30:80].any()
+    assert thing_colour(0, 0) == class_colour(0)
+
+
+def test_things_of_a_class_are_apart():
+    for label in range(20):
+        colours = np.array([thing_colour(label, number) for number in range(6)])
+        assert (np.abs(colours[:, None] - colours).sum(-1)[~np.eye(6, dtype=bool)] > 20).all()
+
+
+def test_ids_of_all_kinds_are_drawn_alike():
+    ids, segments = panoptic_of((20, 30, 160, 170))
+    want = draw_panoptic(canvas(), ids, segments, NAMES).tobytes()
+    file = io.BytesIO()
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(file, "PNG")
+    for same in (torch.from_numpy(ids), ids.astype(np.uint32), file.getvalue()):
+        assert draw_panoptic(canvas(), same, segments, NAMES).tobytes() == want
+    assert draw_panoptic(canvas(), ids, segments, NAMES).size == (300, 260)
+    assert draw_panoptic(canvas(), ids, segments, NAMES, min_side=500).size == (600, 520)
+
+
+def test_void_stays_as_it_is():
+    ids, segments = panoptic_of((20, 30, 160, 170))
+    assert not changed(draw_panoptic(canvas(), np.zeros_like(ids), [], NAMES)).any()
+    picture = draw_panoptic(canvas(), ids, segments[1:], NAMES, min_side=0)
+    assert not changed(picture)[:29].any() and changed(picture)[31:170, 21:160].all()
+
+
+def test_names_stand_in_their_segments_and_not_on_small_ones(monkeypatch):
+    written = []
+    text = visualize.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text",
+                        lambda self, xy, words, *more: written.append((words, *xy)) or text(self, xy, words, *more))
+    ids, segments = panoptic_of((20, 30, 160, 170), (200, 200, 212, 212))
+    draw_panoptic(canvas(), ids, segments, {0: "ring", 3: "sky"}, min_side=0)
+    assert [words for words, _, _ in written] == ["sky", "ring"]                        # the larger first; one is tiny
+    (_, x, y), (_, ring_x, ring_y) = written
+    assert ids[y + 5, x + 5] == 70_000 and abs(ring_x + 15 - 90) < 15 and abs(ring_y + 6 - 100) < 15
+    written.clear()
+    draw_panoptic(canvas(), ids, segments, {0: "ring"})
+    assert [words for words, _, _ in written] == ["label 3", "ring"]
+
+
+def test_names_do_not_hide_each_other(monkeypatch):
+    places = []
+    rectangle = visualize.ImageDraw.ImageDraw.rectangle
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "rectangle",
+                        lambda self, box, **more: places.append(box) or rectangle(self, box, **more))
+    ids, segments = panoptic_of(*((14 * k, 40, 14 * k + 14, 220) for k in range(18)))
+    picture = draw_panoptic(canvas(), ids, segments, {0: "a long name", 3: "sky"}, min_side=0)
+    assert len(places) >= 5 and picture.size == (300, 260)
+    assert all(overlap(a, b) == 0 for i, a in enumerate(places) for b in places[:i])
+    assert all(left >= 0 and top >= 0 and right < 300 and bottom < 260 for left, top, right, bottom in places)
+
+
+def test_maps_that_do_not_belong_to_the_picture():
+    with pytest.raises(ValueError, match=r"ids are \[20, 30\] and the image \[260, 300\]: a map of the image's height"):
+        draw_panoptic(canvas(), np.zeros((20, 30), int), [], NAMES)
 
 
 # Sheets.

@@ -27,9 +27,10 @@ from ..mask_head import DETRsegm, Intermediates
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
-from ..position_encoding import build_position_encoding
-from ..postprocess import PostProcessTopK
-from ..reference_points import decoder_reference_points, refine
+from ..panoptic import PostProcessPanoptic
+from ..position_encoding import build_position_encoding, encode_boxes
+from ..postprocess import PostProcessSegm, PostProcessTopK
+from ..reference_points import decoder_reference_points, refine, token_centres
 from ..set_criterion import Loss, SetCriterion, every_row
 from ..structures import FeatureLevels, Outputs
 from ..two_stage import best, encode_proposals, proposing_tokens
@@ -59,6 +60,7 @@ class DeformableDETRConfig(MaskConfig):
     dim_feedforward: int = flag(1024, "width of the feed-forward blocks", least=1)
     num_queries: int = flag(300, "object queries: the most objects an image can have", least=1)
     set_cost_class: float = flag(2, "class weight in the matching cost")
+    panoptic_threshold: float = flag(0.4, "least score of a query that becomes a segment of a panoptic map", least=0)
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
@@ -81,13 +83,21 @@ class DeformableDETRConfig(MaskConfig):
                                             self.two_stage, self.query_content == "token")
         detr = DeformableDETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
                               self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage, finer)
-        model = DETRsegm(detr, self.nheads, freeze_detr=self.frozen_weights is not None) if self.masks else detr
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
                                    partial(focal_class_cost, alpha=self.focal_alpha))
         losses: list[Loss] = [FocalLabelLoss(self.focal_alpha), box_loss, cardinality_error]
+        frozen = self.frozen_weights is not None
+        model = DETRsegm(detr, self.nheads, matcher, frozen, gain=100.0) if self.masks else detr
         criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights(),
                                  class_agnostic_proposals=True)
-        return model, criterion, {"bbox": PostProcessTopK()}
+        postprocessors: dict[str, nn.Module] = {"bbox": PostProcessTopK()}
+        if self.masks:
+            postprocessors["segm"] = PostProcessSegm(crop=backbone.exact)
+        return model, criterion, postprocessors
+
+    def panoptic(self, is_thing_map: dict[int, bool], crop: bool) -> nn.Module:
+        """Post-processing to panoptic maps; ``is_thing_map``: which labels are things; ``crop``: padding is exact."""
+        return PostProcessPanoptic(is_thing_map, self.panoptic_threshold, sigmoid=True, crop=crop)
 
     def maps(self, strides: list[int]) -> Sequence[int]:
         """The maps that are used where ``--feature_strides`` does not say: the levels, and for masks the finer ones."""
@@ -258,10 +268,25 @@ class DeformableDETR(nn.Module):
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs``. Two-stage: of all tokens in ``enc_outputs``, and ``invalid_queries
         [B, Q]``, which started from no proposal."""
-        return self.detect(samples)[0]
+        return self.steps(samples)[0]
 
     def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
-        """``forward``, and what it went through."""
+        """``forward``, and what it went through, for a mask head.
+
+        Queries know their boxes relative to where they look, and memory may have seen no positions; so the places of
+        both are added, the centres of boxes and of pixels, for a query to find itself.
+        """
+        outputs, features, src, content, memory, levels = self.steps(samples)
+        last, half = len(features) - self.finer - 1, content.shape[-1] // 2             # the level of the last map
+        places = level_of(token_centres(levels), levels, last).mT                               # [B, H * W, 2]
+        memory = level_of(memory, levels, last) + encode_boxes(places, half).mT.to(memory.dtype)
+        centres = outputs["pred_boxes"][..., :2].detach()
+        content = content + encode_boxes(centres, half).to(content.dtype)
+        return outputs, Intermediates(features, src, content, memory.reshape(src.shape))
+
+    def steps(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[
+            Outputs, list[NestedTensor], Tensor, Tensor, Tensor, FeatureLevels]:
+        """Outputs, the backbone's maps, the last of them projected, queries, memory, levels."""
         images = as_nested_tensor(samples)
         features = list(self.backbone[-2](images).values())
         maps = project(self.input_proj, features[self.finer:], images)
@@ -283,6 +308,4 @@ class DeformableDETR(nn.Module):
         outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]
-        last = len(features) - self.finer - 1                               # the level of the backbone's last map
-        src = maps[last].tensors
-        return outputs, Intermediates(features, src, content, level_of(memory, levels, last).reshape(src.shape))
+        return outputs, features, maps[len(features) - self.finer - 1].tensors, content, memory, levels

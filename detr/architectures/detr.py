@@ -15,8 +15,9 @@ from ..mask_head import DETRsegm, Intermediates
 from ..matcher import HungarianMatcher
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
+from ..panoptic import PostProcessPanoptic
 from ..position_encoding import build_position_encoding
-from ..postprocess import PostProcess
+from ..postprocess import PostProcess, PostProcessSegm
 from ..set_criterion import Loss, SetCriterion, every_row
 from ..structures import Outputs
 
@@ -38,11 +39,18 @@ class DETRConfig(MaskConfig):
         transformer = Transformer(self.hidden_dim, self.nheads, self.enc_layers, self.dec_layers, self.dim_feedforward,
                                   self.dropout, self.pre_norm)
         detr = DETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries, self.aux_loss)
-        model = DETRsegm(detr, self.nheads, freeze_detr=self.frozen_weights is not None) if self.masks else detr
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou)
         losses: list[Loss] = [SoftmaxLabelLoss(num_classes, self.eos_coef), box_loss, cardinality_error]
+        model = DETRsegm(detr, self.nheads, matcher, self.frozen_weights is not None) if self.masks else detr
         criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights())
-        return model, criterion, {"bbox": PostProcess()}
+        postprocessors: dict[str, nn.Module] = {"bbox": PostProcess()}
+        if self.masks:
+            postprocessors["segm"] = PostProcessSegm(crop=backbone.exact)
+        return model, criterion, postprocessors
+
+    def panoptic(self, is_thing_map: dict[int, bool], crop: bool) -> nn.Module:
+        """Post-processing to panoptic maps; ``is_thing_map``: which labels are things; ``crop``: padding is exact."""
+        return PostProcessPanoptic(is_thing_map, self.panoptic_threshold, crop=crop)
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer."""

@@ -53,7 +53,8 @@ class DETRsegm(nn.Module):
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor],
                 targets: Sequence[Target] | None = None) -> Outputs:
-        """The detector's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits, at the stride of the finest map.
+        """The detector's outputs, and ``pred_masks [B, Q, H / 4, W / 4]``: logits, at the stride of the backbone's finest
+        map, which is 4 for most.
 
         Only masks of matched queries are ever trained. With ``targets`` the queries are matched here, once for all
         (``outputs["match"]``), and ``pred_masks [sum N, H / 4, W / 4]`` are those of the matched queries alone, image

@@ -377,7 +377,7 @@ def test_ids_from_0_as_the_published_post_processing_gives_them(tmp_path):
     found = {1: prediction(columns(10, 20), {1: 20})}
     evaluator = PanopticEvaluator(annotations)
     evaluator.update(found)
-    assert evaluator.summarize()["PQ_all"] == {"pq": 50, "sq": 50, "rq": 50, "n": 2}
+    assert evaluator.summarize()["PQ_all"] == {"pq": 0.5, "sq": 0.5, "rq": 0.5, "n": 2}
 
 
 def test_labels_that_the_data_does_not_use_are_void_and_counted(tmp_path, capsys):

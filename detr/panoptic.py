@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
@@ -47,7 +48,8 @@ class PostProcessPanoptic(nn.Module):
       maps then do not depend on the batch.
 
     ``sigmoid`` is for models that score each class by itself and have no "no object" (Deformable DETR): a query's score
-    is its largest sigmoid. Such scores are lower, and want a lower ``threshold``.
+    is its largest sigmoid. Such scores are lower, and want a lower ``threshold``. There, a pixel that no mask claims (all
+    logits are below 0) is void, which the published way does not know; ids count from 1, and 0 is void.
 
     Pixels are given by logits, which order queries as their softmax does, and at most four masks are at full size at a
     time, on the device of the logits. Where float32 rounds two probabilities to one, the published code takes the first.
@@ -91,16 +93,17 @@ class PostProcessPanoptic(nn.Module):
         while True:
             things = [self.is_thing(label) for label in labels]
             owner = [i if thing else labels.index(label) for i, (label, thing) in enumerate(zip(labels, things))]
-            ids = most_probable(maps, size)[rows][:, columns]                                           # [*target]
-            ids = torch.tensor(owner, device=maps.device)[ids] if owner else ids
-            areas = ids.flatten().bincount(minlength=len(labels)).tolist() if owner else []
+            ids = most_probable(maps, size, 0.0 if self.sigmoid else -math.inf)[rows][:, columns]       # [*target]
+            ids = torch.tensor([*owner, -1], device=maps.device)[ids] if owner else ids     # -1, void, is the last entry
+            areas = ids[ids >= 0].bincount(minlength=len(labels)).tolist() if owner else []
             stay = [i for i, area in enumerate(areas) if area >= SMALLEST]
             if len(stay) == len(labels):
                 break
             maps, labels = maps[stay], [labels[i] for i in stay]
+        first = int(self.sigmoid)
         segments: list[Segment] = [{"id": i, "isthing": thing, "category_id": label, "area": area}
-                                   for i, (label, thing, area) in enumerate(zip(labels, things, areas))]
-        return {"png_string": to_png(ids.cpu().numpy()), "segments_info": segments}
+                                   for i, (label, thing, area) in enumerate(zip(labels, things, areas), first)]
+        return {"png_string": to_png((ids + first).cpu().numpy()), "segments_info": segments}
 
     def is_thing(self, label: int) -> bool:
         if label not in self.is_thing_map:
@@ -117,11 +120,11 @@ def pairs(name: str, sizes: Tensor | Sequence[Tensor | Size], images: int) -> li
     return [(int(height), int(width)) for height, width in found]
 
 
-def most_probable(maps: Tensor, size: Size) -> Tensor:
+def most_probable(maps: Tensor, size: Size, least: float = -math.inf) -> Tensor:
     """For each pixel the map with the largest logit, the first of equals: ``maps [n, H, W]``, resized to ``size``
-    (bilinear) -> int64 ``[*size]``; 0 where there are none."""
-    ids = torch.zeros(size, dtype=torch.int64, device=maps.device)
-    best = torch.full(size, float("-inf"), device=maps.device)
+    (bilinear) -> int64 ``[*size]``; -1 where none is above ``least``, or 0 where any logit would do."""
+    ids = torch.full(size, 0 if least == -math.inf else -1, dtype=torch.int64, device=maps.device)
+    best = torch.full(size, least, device=maps.device)
     for start in range(0, len(maps), CHUNK):
         some = F.interpolate(maps[start:start + CHUNK, None], size, mode="bilinear", align_corners=False)
         for i, logits in enumerate(some[:, 0], start):

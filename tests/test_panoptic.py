@@ -169,8 +169,22 @@ def test_classes_scored_by_themselves():
     logits[0, 0, 2], logits[0, 1, 7], logits[0, 2, 5] = 0.5, 0.6, -0.5          # sigmoids 0.62, 0.65, 0.38
     outputs = {"pred_logits": logits, "pred_masks": masks[None]}
     prediction, = PostProcessPanoptic(THINGS, 0.4, sigmoid=True)(outputs, [(4, 6)])
-    assert [(row["category_id"], row["area"]) for row in prediction["segments_info"]] == [(2, 16), (7, 8)]
-    assert (read(prediction) == torch.tensor([0, 0, 1, 1, 0, 0])).all()         # the last class is a class
+    assert [(row["id"], row["category_id"], row["area"]) for row in prediction["segments_info"]] == [(1, 2, 8), (2, 7, 8)]
+    assert (read(prediction) == torch.tensor([1, 1, 2, 2, 0, 0])).all()         # the last class is a class, the rest void
+
+
+def test_pixels_that_no_mask_claims_are_void_where_classes_are_scored_by_themselves():
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.randn(4, 12, 14, generator=generator)
+    logits = torch.full((1, 4, 8), -6.0)
+    logits[0, range(4), [0, 1, 2, 3]] = 2.0                                     # things, each its own segment
+    prediction, = PostProcessPanoptic(THINGS, 0.4, sigmoid=True)({"pred_logits": logits, "pred_masks": masks[None]},
+                                                                 [(12, 14)])
+    expected = torch.where(masks.double().amax(0) > 0, masks.double().argmax(0) + 1, 0)
+    assert ((read(prediction) == 0) == (expected == 0)).all() and (expected == 0).any()
+    nothing, = PostProcessPanoptic(THINGS, 0.4, sigmoid=True)({"pred_logits": logits, "pred_masks": -masks.abs()[None]},
+                                                              [(12, 14)])
+    assert nothing["segments_info"] == [] and not read(nothing).any()
 
 
 def test_maps_without_padding():

@@ -60,7 +60,7 @@ class DeformableDETRConfig(MaskConfig):
     dim_feedforward: int = flag(1024, "width of the feed-forward blocks", least=1)
     num_queries: int = flag(300, "object queries: the most objects an image can have", least=1)
     set_cost_class: float = flag(2, "class weight in the matching cost")
-    panoptic_threshold: float = flag(0.4, "least score of a query that becomes a segment of a panoptic map", least=0)
+    panoptic_threshold: float = flag(0.3, "least score of a query that becomes a segment of a panoptic map", least=0)
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``

@@ -55,8 +55,7 @@ def build_evaluators(dataset: CocoDetection, masks: bool = False,
     """What scores predictions for ``dataset``: each has ``update(predictions)``, of its ``kind``, and ``summarize()``.
     The first scores boxes, with ``masks`` these, too; for panoptic data those of things, and a second one scores the
     maps, which it writes to ``folder`` where there is one."""
-    things = [category for category in dataset.categories if category.isthing]
-    boxes = CocoEvaluator(dataset.coco, things, dataset.num_classes, masks)
+    boxes = CocoEvaluator(dataset.coco, dataset.categories, dataset.num_classes, masks)
     if masks and isinstance(dataset, CocoPanoptic):
         return [boxes, PanopticEvaluator(dataset.annotations, folder)]
     return [boxes]

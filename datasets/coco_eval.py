@@ -30,6 +30,8 @@ class CocoEvaluator:
     not use (COCO has 11 in its 91 slots) belongs to no class: such a prediction is left out and counted in a printed
     line. It could neither be right nor wrong for pycocotools, so the score is the same.
 
+    Stuff of panoptic data has no boxes to find: predictions of it are left out, too, without a word.
+
     With ``masks`` predictions have run lengths, and masks are scored besides boxes; results of each kind are written
     apart, since pycocotools takes an object's area from the box where it finds one.
 
@@ -50,7 +52,9 @@ class CocoEvaluator:
             if not 0 <= category.label < num_classes:
                 raise ValueError(f"category {category.name!r} has label {category.label}, but the model has labels 0 "
                                  f"to {num_classes - 1}; build it with num_classes of this data")
-            self._ids[category.label] = category.id
+            if category.isthing:
+                self._ids[category.label] = category.id
+        self._stuff = {category.label for category in categories if not category.isthing}
         self._seen: dict[int, list[dict[str, Any]]] = {}                             # image id -> its results
         self._without_class: Counter[int] = Counter()                                # label -> left out
 
@@ -75,7 +79,7 @@ class CocoEvaluator:
                              f"{int(labels.max())}, but the data has 0 to {self.num_classes - 1}; the model was built "
                              f"for other classes")
         ids = self._ids[labels]
-        self._without_class.update(labels[ids < 0].tolist())
+        self._without_class.update(label for label in labels[ids < 0].tolist() if label not in self._stuff)
         boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
         rows: list[dict[str, Any]] = [
             {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}

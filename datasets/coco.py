@@ -250,16 +250,19 @@ def read_annotations(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def is_whole(value: Any) -> bool:
+    """Whether a value of a json is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_id(path: Path, part: str, i: int, row: Any) -> None:
+    """ValueError, naming file and row, unless ``row`` of the list ``part`` has an id that is a whole number."""
     if not isinstance(row, dict) or not is_whole(row.get("id")):
         raise ValueError(f"{path}: row {i} (counted from 0) of '{part}' has no 'id' that is a whole number; give each "
                          f"row its own")
 
 
 def check_image(path: Path, image: dict[str, Any]) -> None:
+    """ValueError, naming file and image, unless it has a file name, a width and a height."""
     if not isinstance(image.get("file_name"), str):
         raise ValueError(f"{path}: image id {image['id']} has no 'file_name'; add it")
     for side in ("width", "height"):
@@ -313,10 +316,12 @@ def _complete(annotations: list[dict[str, Any]]) -> list[str]:
 
 
 def few(items: Sequence[Any], most: int = 3) -> str:
+    """The first ``most`` items in words, and dots where there are more."""
     return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def counted(n: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 box", "2 boxes"."""
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 

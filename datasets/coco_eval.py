@@ -126,14 +126,7 @@ class CocoEvaluator:
         return [{key: value for key, value in row.items() if key != other} for row in self.results or ()]
 
     def _gather(self) -> None:
-        seen: dict[int, list[dict[str, Any]]] = {}
-        without_class: Counter[int] = Counter()
-        for process, (theirs, labels) in enumerate(gather_objects((self._seen, self._without_class))):
-            if twice := sorted(seen.keys() & theirs.keys()):
-                raise ValueError(f"predictions for image id {twice[0]} come from process {process} and from an earlier "
-                                 f"one ({len(twice)} images in all); share the images out with EvaluationShard")
-            seen.update(theirs)
-            without_class += labels
+        seen, without_class = gather_seen(self._seen, self._without_class)
         self.image_ids = sorted(seen)
         self.results = [result for image_id in self.image_ids for result in seen[image_id]]
         if is_main():
@@ -180,6 +173,20 @@ class CocoEvaluator:
         return {f"{name} ({i})" if name in shared else name:
                 {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k]), "objects": objects[i]}
                 for k, (i, name) in enumerate(zip(ids, names))}
+
+
+def gather_seen(seen: dict[int, Any], without_class: Counter[int]) -> tuple[dict[int, Any], Counter[int]]:
+    """What all processes have seen, by image id, and the labels that they left out. ValueError for an image that two of
+    them have seen."""
+    everything: dict[int, Any] = {}
+    left_out: Counter[int] = Counter()
+    for process, (theirs, labels) in enumerate(gather_objects((seen, without_class))):
+        if twice := sorted(everything.keys() & theirs.keys()):
+            raise ValueError(f"predictions for image id {twice[0]} come from process {process} and from an earlier one "
+                             f"({len(twice)} images in all); share the images out with EvaluationShard")
+        everything.update(theirs)
+        left_out += labels
+    return everything, left_out
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datasets.coco import counted, few, is_whole
+from datasets.coco_eval import gather_seen
 from datasets.coco_panoptic import IDS, PanopticAnnotations, encode_ids, number_segments, read_ids
-from detr.distributed import gather_objects, is_main
+from detr.distributed import is_main
 from detr.structures import Category
 
 
@@ -163,14 +164,7 @@ class PanopticEvaluator:
             _write(self.folder / "panoptic.json", json.dumps(content).encode())
 
     def _gather(self) -> dict[int, _Scored]:
-        seen: dict[int, _Scored] = {}
-        without_class: Counter[int] = Counter()
-        for process, (theirs, labels) in enumerate(gather_objects((self._seen, self._without_class))):
-            if twice := sorted(seen.keys() & theirs.keys()):
-                raise ValueError(f"predictions for image id {twice[0]} come from process {process} and from an earlier "
-                                 f"one ({len(twice)} images in all); share the images out with EvaluationShard")
-            seen.update(theirs)
-            without_class += labels
+        seen, without_class = gather_seen(self._seen, self._without_class)
         self.image_ids = sorted(seen)
         self._results = [{"image_id": image_id, "file_name": _png_name(image_id),
                           "segments_info": seen[image_id].segments_info} for image_id in self.image_ids]

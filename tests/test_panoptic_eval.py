@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import panoptic_eval
+from datasets import coco_eval, panoptic_eval
 from datasets.coco_panoptic import PanopticAnnotations
 from datasets.panoptic_eval import PanopticEvaluator
 from datasets.sampler import EvaluationShard
@@ -482,7 +482,7 @@ def two_processes(monkeypatch):
         rank.number = number
         return work(number)
 
-    monkeypatch.setattr(panoptic_eval, "gather_objects", gather_objects)
+    monkeypatch.setattr(coco_eval, "gather_objects", gather_objects)
     monkeypatch.setattr(panoptic_eval, "is_main", lambda: rank.number == 0)
 
     def two(work):

@@ -179,6 +179,7 @@ def settle(args: argparse.Namespace) -> Settings:
 
 
 def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
+    """The class table in a checkpoint; None where there is no checkpoint, or it has none."""
     rows = (resumed or {}).get("categories")
     return rows and [Category(**row) for row in rows]
 

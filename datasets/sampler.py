@@ -17,7 +17,19 @@ WINDOW = 64                                 # steps of a training among which im
 FEW = 12                                    # batches for which two ways to cut are tried
 
 
-class TrainingSampler(Sampler[int]):
+class OfEpoch:
+    """A process's part of an order that follows from ``seed`` and the epoch."""
+
+    def __init__(self, rank: int, world_size: int, seed: int) -> None:
+        _check_rank(rank, world_size)
+        self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """To be called before each epoch; without it every epoch has the order and the batches of epoch 0."""
+        self.epoch = epoch
+
+
+class TrainingSampler(OfEpoch, Sampler[int]):
     """A random order of all images, dealt out to the processes: each gets ``length // world_size`` of them.
 
     The order follows from ``seed`` and the epoch alone, so a resumed run continues as the unbroken one would have, and
@@ -27,19 +39,11 @@ class TrainingSampler(Sampler[int]):
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        _check_rank(rank, world_size)
+        super().__init__(rank, world_size, seed)
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared by {world_size} processes; add images or "
                              f"start fewer processes")
         self.length = length
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch; without it every epoch has the order of epoch 0."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length // self.world_size
@@ -49,7 +53,7 @@ class TrainingSampler(Sampler[int]):
         return iter(order[self.rank:len(self) * self.world_size:self.world_size])
 
 
-class TrainingBatches(Sampler[list[Draw]]):
+class TrainingBatches(OfEpoch, Sampler[list[Draw]]):
     """Random batches of ``batch_size`` images that training will bring to like sizes: a ``batch_sampler`` that leaves
     little padding, for the data set ``Drawn(dataset)``.
 
@@ -70,22 +74,13 @@ class TrainingBatches(Sampler[list[Draw]]):
 
     def __init__(self, sizes: Sequence[Size] | Tensor, transforms: v2.Compose, batch_size: int, rank: int = 0,
                  world_size: int = 1, seed: int = 0) -> None:
-        _check_rank(rank, world_size)
+        super().__init__(rank, world_size, seed)
         _check_batch_size(batch_size)
         self.sizes = _checked(sizes)
         if len(self.sizes) < world_size * batch_size:
             raise ValueError(f"--batch_size {batch_size} on {world_size} processes needs {world_size * batch_size} "
                              f"training images, and there are {len(self.sizes)}; lower it")
-        self.transforms = transforms
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch; without it every epoch has the batches of epoch 0."""
-        self.epoch = epoch
+        self.transforms, self.batch_size = transforms, batch_size
 
     def __len__(self) -> int:
         return len(self.sizes) // (self.world_size * self.batch_size)

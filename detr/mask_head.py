@@ -109,8 +109,7 @@ class MHAttentionMap(nn.Module):
         k = k.unflatten(1, (self.num_heads, -1))                                            # [B, M, D/M, H, W]
         scores = torch.einsum("bqmd,bmdhw->bqmhw", q / q.shape[-1] ** 0.5, k)
         scores = scores.masked_fill(mask[:, None, None], float("-inf"))
-        weights = scores.flatten(2).softmax(-1).view_as(scores)
-        return weights if self.gain == 1 else weights * self.gain
+        return scores.flatten(2).softmax(-1).view_as(scores) * self.gain
 
 
 class MaskHeadSmallConv(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from datasets.coco import LAYOUT, CocoDetection, Transforms
+from datasets.annotations import LAYOUT
+from datasets.coco import CocoDetection, Transforms
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_panoptic import CocoPanoptic, build_coco_panoptic
 from datasets.panoptic_eval import PanopticEvaluator

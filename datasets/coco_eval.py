@@ -15,7 +15,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from datasets.coco import index
+from datasets.annotations import index
 from detr.distributed import gather_objects, is_main
 from detr.structures import Category, Detections
 

@@ -22,10 +22,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.coco import (
+from datasets.annotations import (
     COCO_CATEGORIES,
-    CocoDetection,
-    Transforms,
     check_id,
     check_image,
     counted,
@@ -34,6 +32,7 @@ from datasets.coco import (
     is_whole,
     num_classes,
 )
+from datasets.coco import CocoDetection, Transforms
 from datasets.file_cache import FileCache
 from datasets.images import DAMAGED
 from detr.boxes import masks_to_boxes

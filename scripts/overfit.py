@@ -24,7 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_evaluators, collate
-from datasets.coco import CocoDetection, read_annotations
+from datasets.annotations import read_annotations
+from datasets.coco import CocoDetection
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms, normalisation
 from detr.presets import PRESETS
 from engine import Progress, evaluate, train_one_epoch

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
-from datasets.coco import read_annotations
+from datasets.annotations import read_annotations
 from datasets.drawn import Size, drawn_sizes
 from datasets.sampler import EvaluationBatches, TrainingBatches, TrainingSampler, padded_share
 from datasets.transforms import Preprocessing, make_transforms, resized

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
-from datasets.coco import COCO_CATEGORIES, class_table
+from datasets.annotations import COCO_CATEGORIES, class_table
 from datasets.coco_panoptic import COCO_PANOPTIC, COCO_SLOTS, encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
 from datasets.transforms import Preprocessing, eval_transforms

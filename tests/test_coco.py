@@ -11,7 +11,8 @@ from pycocotools import mask as rle
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset, collate
-from datasets.coco import COCO_CATEGORIES, CocoDetection, class_table, num_classes
+from datasets.annotations import COCO_CATEGORIES, class_table, num_classes
+from datasets.coco import CocoDetection
 from datasets.transforms import Preprocessing, make_transforms
 from detr.structures import Category
 

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets import build_dataset, build_evaluators
-from datasets.coco import index
+from datasets.annotations import index
 from datasets.coco_eval import CocoEvaluator
 from datasets.sampler import EvaluationShard
 from detr import distributed

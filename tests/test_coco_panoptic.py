@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from torch.utils.data import DataLoader
 
 from datasets import collate
-from datasets.coco import COCO_CATEGORIES
+from datasets.annotations import COCO_CATEGORIES
 from datasets.coco_panoptic import (
     COCO_PANOPTIC,
     COCO_STUFF,

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from datasets.coco import COCO_CATEGORIES
+from datasets.annotations import COCO_CATEGORIES
 from datasets.coco_panoptic import COCO_PANOPTIC, PanopticAnnotations
 from datasets.images import read_image
 from datasets.transforms import Preprocessing, eval_transforms

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -39,17 +38,17 @@ from detr.backbone import (
     Backbone,
     backbone_of,
     body_of,
-    fitting_norm,
     has_pretrained,
     has_statistics,
     pretrained,
     scratch_norm,
     statistics,
 )
-from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from detr.config import DataConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.presets import ARCHITECTURES, PRESETS
+from detr.settings import Settings, decide
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, post_process, train_one_epoch
 
@@ -112,202 +111,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything a run needs to know, decided."""
-    name: str
-    model: ModelConfig
-    train: TrainConfig
-    data: DataConfig
-    run: RunConfig
-    resumed: dict[str, Any] | None              # the checkpoint of --resume
-    frozen: dict[str, Any] | None               # that of --frozen_weights, where nothing is resumed
-    categories: list[Category] | None           # the class table of either
-    note: str = ""                              # what else to say at start
-
-    def as_dict(self) -> dict[str, Any]:
-        """What a checkpoint remembers."""
-        return {"name": self.name, "model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train),
-                "data": dataclasses.asdict(self.data)}
-
-
 def settle(args: argparse.Namespace) -> Settings:
-    """Flags -> settings, in the order: the architecture's default, the preset, the checkpoint's configuration, what was
-    typed. Says what it chose. Raises ValueError for what the chosen model does not have."""
+    """Flags -> settings; says what it chose. Raises ValueError for what the chosen model does not have."""
     typed = config.typed_flags(args, [TrainConfig, DataConfig, RunConfig, *ARCHITECTURES])
-    resumed = checkpoint.load(args.resume) if args.resume else None
-    frozen = checkpoint.load(typed["frozen_weights"]) if typed.get("frozen_weights") and resumed is None else None
-    known, source = (frozen, typed["frozen_weights"]) if frozen is not None else (resumed, args.resume)
-    remembered = (known or {}).get("config", {})
-    if not isinstance(remembered, dict) or "name" not in remembered:            # of another program
-        remembered = {}
-    name = args.model or remembered.get("name")
-    if name is None and known is not None:
-        name = name_by_shapes(known["model"], source)
-    if name is None:
-        name = "detr_resnet50" if args.coco_path else "tiny_deformable_detr"
-    if name not in PRESETS:
-        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    if remembered and name != remembered["name"]:
-        raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
-    parts: dict[str, Any] = {"model": preset.model, "train": preset.train, "data": preset.data, "run": RunConfig()}
-    allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
-    for flag in typed:
-        if flag not in allowed:
-            raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
-    for part, base in parts.items():
-        fields = {field.name for field in dataclasses.fields(base)}
-        before = {} if frozen is not None and part == "train" else remembered.get(part, {})     # a training of its own
-        old = config.with_tuples({k: v for k, v in before.items() if k in fields})
-        if strange := sorted(set(before) - fields):
-            say(f"{source}: its settings {', '.join(strange)} are unknown to this version and have no effect")
-        new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in fields}
-        if "lr_drop" in new:
-            new.setdefault("lr_drop_epochs", None)                      # it takes the place of preset's or checkpoint's
-        changed = [f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
-                   if k in old and old[k] != v]
-        if changed:
-            say(f"changed since {source}: {', '.join(changed)}")
-        if part == "model" and before and "padding" not in before:
-            old["padding"] = "legacy"                                   # all there was when that checkpoint was written
-        parts[part] = config.replace(base, old | new)
-    parts["model"] = fitting_norm(parts["model"], typed)
-    settings = Settings(name, resumed=resumed, frozen=frozen, categories=class_table(known), **parts)
-    refuse_what_is_not_there(settings, typed)
-    return settings
-
-
-def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
-    """The class table in a checkpoint; None where there is no checkpoint, or it has none."""
-    rows = (resumed or {}).get("categories")
-    return rows and [Category(**row) for row in rows]
-
-
-def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
-    """The preset of a checkpoint that says nothing of its configuration: ``detr_resnet50`` where its shapes fit."""
-    if class_rows(state_dict) is None:
-        raise ValueError(f"{source} has no class_embed.weight: it is not a DETR checkpoint")
-    fitting = [name for name, preset in PRESETS.items() if classes_that_fit(preset.model, state_dict) is not None]
-    if "detr_resnet50" in fitting:
-        return "detr_resnet50"
-    raise ValueError(f"{source} has no configuration inside, and does not fit detr_resnet50. "
-                     + (f"It fits --model {' or --model '.join(fitting)}" if fitting else
-                        f"It fits none of {', '.join(PRESETS)} either; give --model and the flags it was trained with"))
-
-
-def class_rows(state_dict: dict[str, Any]) -> int | None:
-    """Rows of a checkpoint's class head: ``class_embed.weight``, or ``class_embed.0.weight`` where each decoder layer
-    has its own."""
-    return next((len(weight) for name, weight in state_dict.items()
-                 if re.search(r"(^|\.)class_embed(\.\d+)?\.weight$", name)), None)
-
-
-def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> int | None:
-    """With how many classes a model has exactly the names and shapes of a checkpoint; None: with no number."""
-    rows = class_rows(state_dict) or 0
-    for num_classes in (rows, rows - 1):                            # one row more where "no object" has one
-        if num_classes < 1:
-            break
-        with torch.device("meta"):
-            model = model_config.build(num_classes)[0]
-        found = checkpoint.differences(model, state_dict)
-        if found.missing or found.unexpected:
-            break
-        if not found.wrong_shape:
-            return num_classes
-    return None
-
-
-def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
-    """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
-    model, data, run = settings.model, settings.data, settings.run
-    if data.remove_difficult:
-        raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
-    if data.coco_path is None and model.in_channels not in (1, 3):
-        raise ValueError(f"--in_channels {model.in_channels}: the synthetic data are pictures; name data with so many "
-                         f"channels with --coco_path")
-    refuse_drops(settings.train, typed)
-    refuse_other_optimizer(settings)
-    for flag, useless, why in without_effect(settings):
-        if flag in typed and useless:
-            raise ValueError(f"--{flag} has no effect {why}; leave it out")
-    if run.start_epoch and settings.resumed is None:
-        raise ValueError("--start_epoch needs --resume: there is nothing to go on from")
-    if "world_size" in typed and run.world_size != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"--world_size {run.world_size}: processes are started with "
-                         f"torchrun --nproc-per-node={run.world_size} main.py ...")
-    if model.from_scratch and model.backbone_norm == "frozen" and has_statistics(model.backbone):
-        batch = "" if scratch_norm(model.backbone).endswith("batch") else ", or batch where --batch_size is 8 or more"
-        raise ValueError(f"--from_scratch with --backbone_norm frozen would fix random statistics; add "
-                         f"{scratch_norm(model.backbone)}{batch}")
-    if model.from_scratch and model.lr_backbone <= 0:
-        raise ValueError("--from_scratch with --lr_backbone 0 would freeze a random backbone; "
-                         "give it a learning rate, such as that of --lr")
-    for flag in ("backbone_weights", "pretrained_backbone"):
-        if getattr(run, flag) and model.from_scratch:
-            raise ValueError(f"--from_scratch and --{flag} contradict each other; choose one")
-        if getattr(run, flag) and (run.eval or run.resume):
-            raise ValueError(f"--{flag} begins a training; --eval and --resume take all weights from the checkpoint, so "
-                             f"leave it out")
-    if run.backbone_weights and run.pretrained_backbone:
-        raise ValueError("--backbone_weights and --pretrained_backbone contradict each other; choose one")
-    if getattr(model, "with_box_refine", False) and not model.aux_loss and not run.eval:
-        raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
-                         "though each layer refines the boxes of the one before: leave --no_aux_loss out")
-
-
-def refuse_drops(train: TrainConfig, typed: dict[str, Any]) -> None:
-    """Drops of the learning rate that contradict each other or never come."""
-    if "lr_drop" in typed and "lr_drop_epochs" in typed:
-        raise ValueError("--lr_drop and --lr_drop_epochs are two ways to say when the learning rates drop; choose one")
-    drops = train.lr_drop_epochs or ()
-    if any(later <= earlier for earlier, later in zip(drops, drops[1:])):
-        raise ValueError(f"--lr_drop_epochs {config.shown(drops)}: each must be greater than the one before; "
-                         f"give --lr_drop_epochs {config.shown(tuple(sorted(set(drops))))}")
-    if "lr_drop_epochs" in typed and train.lr_schedule == "step" and drops and drops[-1] >= train.epochs:
-        raise ValueError(f"--lr_drop_epochs {config.shown(drops)}: a drop after {drops[-1]} epochs has no effect, since "
-                         f"training ends after --epochs {train.epochs}; leave it out, or give more --epochs")
-
-
-def refuse_other_optimizer(settings: Settings) -> None:
-    """A training that goes on with the state of another optimizer than it had."""
-    resumed, source, sgd = settings.resumed or {}, settings.run.resume, settings.train.sgd
-    if settings.run.eval or not {"optimizer", "epoch"} <= resumed.keys():
-        return
-    was_sgd = any("nesterov" in group for group in resumed["optimizer"]["param_groups"])        # an option SGD alone has
-    if was_sgd != sgd:
-        was, now, remedy = ("SGD", "AdamW", "add --sgd") if was_sgd else ("AdamW", "SGD", "leave --sgd out")
-        raise ValueError(f"{source} was trained with {was}, whose state means nothing to {now}: {remedy}; or begin anew "
-                         f"with its weights alone: torch.save({{'model': torch.load({source!r})['model']}}, FILE) and "
-                         f"--resume FILE")
-
-
-def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
-    """Flags, whether they are useless with these settings, and why."""
-    train, data, run = settings.train, settings.data, settings.run
-    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
-    exact = "x" in data.image_size
-    without_encoder = isinstance(settings.model, DeformableDETRConfig) and not settings.model.enc_layers
-    return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
-            ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
-            ("lr_drop_epochs", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
-            ("least_scale", exact, "where --image_size is exact"),
-            ("least_scale", not data.multi_scale, "with --no_multi_scale"),
-            *[(flag, exact, "where --image_size is exact: nothing is padded")
-              for flag in ("bucket_train", "bucket_eval")],
-            ("frozen_stages", settings.model.from_scratch, "with --from_scratch, which trains the whole backbone"),
-            ("frozen_stages", run.eval, "with --eval"), ("bucket_train", run.eval, "with --eval"),
-            *[(flag, not masks, "without --masks") for flag in ("mask_loss_coef", "dice_loss_coef")],
-            ("panoptic_threshold", not (masks and panoptic), "without --masks and --dataset_file coco_panoptic"),
-            ("coco_panoptic_path", not panoptic, f"with --dataset_file {data.dataset_file}: add --dataset_file "
-             f"coco_panoptic, or"),
-            ("frozen_weights", run.eval, "with --eval: all weights are those of --resume"),
-            ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
-            *[(flag, without_encoder, "without encoder layers, which alone use positions")
-              for flag in ("position_embedding", "position_embedding_scale")],
-            ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
-            ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]
+    return decide(typed, args.model)
 
 
 def choose_device(wanted: str, typed: bool) -> str:

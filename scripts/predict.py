@@ -56,7 +56,7 @@ from datasets.annotations import COCO_CATEGORIES, class_table
 from datasets.coco_panoptic import COCO_PANOPTIC, COCO_SLOTS, encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
 from datasets.transforms import Preprocessing, eval_transforms
-from detr import checkpoint, config
+from detr import checkpoint, config, settings
 from detr.backbone import backbone_of
 from detr.panoptic import PanopticPrediction, PostProcessPanoptic
 from detr.postprocess import PostProcessSegm
@@ -140,21 +140,21 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
     remembered = content.get("config", {})
     if not isinstance(remembered, dict) or "name" not in remembered:                    # of another program, or none
         remembered = {}
-    name = model_name or remembered.get("name") or command_line.name_by_shapes(content["model"], path)
+    name = model_name or remembered.get("name") or settings.name_by_shapes(content["model"], path)
     if name not in PRESETS:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {path} holds a {remembered['name']}; leave --model out")
     before = {"padding": "legacy"} if remembered else {}                # all there was before checkpoints said so
-    settings = config.replace(PRESETS[name].model, {**before, **remembered.get("model", {}), "aux_loss": False})
-    num_classes = content.get("num_classes") or command_line.classes_that_fit(settings, content["model"])
+    model_config = config.replace(PRESETS[name].model, {**before, **remembered.get("model", {}), "aux_loss": False})
+    num_classes = content.get("num_classes") or settings.classes_that_fit(model_config, content["model"])
     if num_classes is None:
         raise ValueError(f"{path} says nothing of its number of classes, and with none would it fit {name}; give the "
                          f"--model that it was trained as, or use a checkpoint that main.py wrote")
-    model, _, postprocessors = settings.build(num_classes)
+    model, _, postprocessors = model_config.build(num_classes)
     checkpoint.load_model(model, content["model"], path)
-    published_panoptic = getattr(settings, "masks", False) and num_classes == COCO_SLOTS
-    categories = command_line.class_table(content) or (
+    published_panoptic = getattr(model_config, "masks", False) and num_classes == COCO_SLOTS
+    categories = settings.class_table(content) or (
         class_table(COCO_CATEGORIES) if num_classes == 91 else COCO_PANOPTIC if published_panoptic else
         [Category(label, label, f"label {label}") for label in range(num_classes)])
     preprocessing = Preprocessing.from_dict(content["preprocessing"]) if "preprocessing" in content else Preprocessing()
@@ -168,9 +168,9 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
         segm.rle = True
         if remembered.get("data", {}).get("dataset_file") == "coco_panoptic" or not remembered and published_panoptic:
             things = {category.label for category in categories if category.isthing}
-            panoptic = settings.panoptic({label: label in things for label in range(num_classes)},
+            panoptic = model_config.panoptic({label: label in things for label in range(num_classes)},
                                          crop=backbone_of(model).exact)
-    return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name, settings.in_channels,
+    return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name, model_config.in_channels,
                     backbone_of(model).exact, segm, panoptic)
 
 

@@ -13,7 +13,7 @@ LEVELS = [
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},
     {"presets", "attention_maps", "visualize"},
-    {"__init__"},                                                                           # sees everything below
+    {"settings", "__init__"},                                                               # see everything below
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 PROGRAM = {"datasets", "engine", "main"}

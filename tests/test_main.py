@@ -23,9 +23,10 @@ import main
 from datasets.images import read_image
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Preprocessing
-from detr import build_model, checkpoint
+from detr import build_model, checkpoint, settings
 from detr.config import DataConfig, ModelConfig, TrainConfig, flag
 from detr.presets import PRESETS, Preset
+from detr.settings import class_rows, classes_that_fit, name_by_shapes
 from detr.structures import NonFiniteError
 from engine import image_ids, train_one_epoch
 
@@ -224,7 +225,7 @@ class Heads(torch.nn.Module):
 def test_groups_of_architectures_with_several_values(monkeypatch):
     monkeypatch.setattr(main, "GROUPS", [*main.GROUPS, ("grouped", Grouped, ("names", "shares"))])
     monkeypatch.setattr(main, "ARCHITECTURES", (*main.ARCHITECTURES, Grouped))
-    monkeypatch.setattr(main, "PRESETS", {**PRESETS, "grouped": Preset(Grouped())})
+    monkeypatch.setattr(settings, "PRESETS", {**PRESETS, "grouped": Preset(Grouped())})
     assert parse().names == ("backbone.0",) and settle("--model grouped").model == Grouped()
     assert settle("--model grouped --names a b --shares 1 0.5 --lr 1").model == Grouped(names=("a", "b"), shares=(1, 0.5))
     with pytest.raises(ValueError, match="--names: tiny_detr has no such option"):
@@ -370,30 +371,31 @@ def test_without_configuration_presets_that_fit_are_named(tmp_path):
                            "--model deformable_detr_resnet50_single_scale_dc5"),
                           ("detr_resnet50_panoptic", "--model detr_resnet50_panoptic")):
         with pytest.raises(ValueError) as error:
-            main.name_by_shapes(shapes_only(name), "a.pth")
+            name_by_shapes(shapes_only(name), "a.pth")
         assert "a.pth has no configuration inside, and does not fit detr_resnet50" in str(error.value)
         assert f"It fits {fitting}" in str(error.value) and "resnet18" not in str(error.value)
     with pytest.raises(ValueError, match="fits none of detr_resnet50, .*tiny_detr.* either; give --model and the flags"):
-        main.name_by_shapes(shapes_only("tiny_detr", hidden_dim=64), "a.pth")
+        name_by_shapes(shapes_only("tiny_detr", hidden_dim=64), "a.pth")
     with pytest.raises(ValueError, match="a.pth has no class_embed.weight: it is not a DETR checkpoint"):
-        main.name_by_shapes({"fc.weight": torch.zeros(10, 3)}, "a.pth")
+        name_by_shapes({"fc.weight": torch.zeros(10, 3)}, "a.pth")
 
 
 def test_class_heads_in_a_list(monkeypatch):
     """As published for Deformable DETR; the number of classes is the number of rows."""
     presets = {name: Preset(dataclasses.replace(Grouped(), **flags)) for name, flags in (
         ("a", {}), ("b", {"names": ("x",)}))}
-    monkeypatch.setattr(main, "PRESETS", {**{name: PRESETS[name] for name in ("detr_resnet50", "tiny_detr")}, **presets})
+    published = {name: PRESETS[name] for name in ("detr_resnet50", "tiny_detr")}
+    monkeypatch.setattr(settings, "PRESETS", {**published, **presets})
     with pytest.raises(ValueError) as error:
-        main.name_by_shapes(Heads(91).state_dict(), "a.pth")
+        name_by_shapes(Heads(91).state_dict(), "a.pth")
     assert str(error.value) == ("a.pth has no configuration inside, and does not fit detr_resnet50. "
                                 "It fits --model a or --model b")
     with pytest.raises(ValueError, match="fits none of detr_resnet50, tiny_detr, a, b either"):
-        main.name_by_shapes(Heads(91, layers=3).state_dict(), "a.pth")
-    assert main.class_rows(Heads(7).state_dict()) == 7
-    assert main.class_rows({"transformer.decoder.class_embed.11.weight": torch.zeros(5, 2)}) == 5
+        name_by_shapes(Heads(91, layers=3).state_dict(), "a.pth")
+    assert class_rows(Heads(7).state_dict()) == 7
+    assert class_rows({"transformer.decoder.class_embed.11.weight": torch.zeros(5, 2)}) == 5
     for name in ("class_embed_x.weight", "my_class_embed.weight", "class_embed.x.weight", "class_embed.0.bias"):
-        assert main.class_rows({name: torch.zeros(5, 2)}) is None
+        assert class_rows({name: torch.zeros(5, 2)}) is None
 
 
 def test_classes_that_fit():
@@ -401,9 +403,9 @@ def test_classes_that_fit():
     for name, preset in PRESETS.items():
         if preset.model.backbone in ("resnet50", "resnet_tiny") and not preset.model.dilation:
             for num_classes in (91, 1):
-                assert main.classes_that_fit(preset.model, shapes_only(name, num_classes=num_classes)) == num_classes
-    assert main.classes_that_fit(PRESETS["detr_resnet101"].model, shapes_only("detr_resnet50")) is None
-    assert main.classes_that_fit(PRESETS["tiny_detr"].model, shapes_only("tiny_detr", hidden_dim=64)) is None
+                assert classes_that_fit(preset.model, shapes_only(name, num_classes=num_classes)) == num_classes
+    assert classes_that_fit(PRESETS["detr_resnet101"].model, shapes_only("detr_resnet50")) is None
+    assert classes_that_fit(PRESETS["tiny_detr"].model, shapes_only("tiny_detr", hidden_dim=64)) is None
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from small_models import build_small, images, targets
 
-from detr.mask_head import MaskHeadSmallConv, MHAttentionMap
+from detr.mask_head import MaskHeadSmallConv, MHAttentionMap, box_prior
 
 B, Q, D, M, H, W = 2, 3, 16, 4, 2, 5
 
@@ -26,6 +26,28 @@ def test_attention_map_by_its_definition():
             e = torch.where(mask[b], 0.0, e)                                                    # [M, H, W]
             torch.testing.assert_close(actual[b, i], e / e.sum())       # over heads and positions together
     assert (actual[1, ..., 3:] == 0).all()
+
+
+def test_attention_where_boxes_are():
+    """With a prior, the weights are those without times a Gaussian of each box, and sum to 1 again."""
+    torch.manual_seed(0)
+    attention = MHAttentionMap(D, M).double()
+    queries, memory = torch.randn(B, Q, D).double(), torch.randn(B, D, H, W).double()
+    boxes = torch.rand(B, Q, 4).clamp(min=0.05).double().requires_grad_()
+    x, y = (torch.arange(W) + 0.5) / W, (torch.arange(H) + 0.5) / H
+    places = torch.stack([x.expand(H, W).flatten(), y[:, None].expand(H, W).flatten()]).expand(B, 2, H * W).double()
+    prior = box_prior(boxes, places)
+    assert not prior.requires_grad
+    mask = torch.zeros(B, H, W, dtype=torch.bool)
+    mask[1, :, 3:] = True
+    without, actual = attention(queries, memory, mask), attention(queries, memory, mask, prior.unflatten(-1, (H, W)))
+    for b in range(B):
+        for i in range(Q):
+            cx, cy, w, h = boxes[b, i].tolist()
+            normal = [torch.distributions.Normal(c, side / 2) for c, side in ((cx, w), (cy, h))]
+            gauss = (normal[0].log_prob(x)[None] + normal[1].log_prob(y)[:, None]).exp()                    # [H, W]
+            expected = without[b, i] * gauss
+            torch.testing.assert_close(actual[b, i], expected / expected.sum(), rtol=1e-5, atol=1e-7)
 
 
 def test_attention_map_gradient():

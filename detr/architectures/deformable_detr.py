@@ -23,12 +23,12 @@ from ..deformable_attention import MSDeformAttn
 from ..encoder import DeformableTransformerEncoder
 from ..feature_levels import build_input_proj, flatten_levels, level_of, project
 from ..losses import FocalLabelLoss, box_loss, cardinality_error, mask_loss
-from ..mask_head import DETRsegm, Intermediates
+from ..mask_head import DETRsegm, Intermediates, box_prior
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..panoptic import PostProcessPanoptic
-from ..position_encoding import build_position_encoding, encode_boxes
+from ..position_encoding import build_position_encoding
 from ..postprocess import PostProcessSegm, PostProcessTopK
 from ..reference_points import decoder_reference_points, refine, token_centres
 from ..set_criterion import Loss, SetCriterion, every_row
@@ -273,16 +273,14 @@ class DeformableDETR(nn.Module):
     def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
         """``forward``, and what it went through, for a mask head.
 
-        Queries know their boxes relative to where they look, and memory may have seen no positions; so the places of
-        both are added, the centres of boxes and of pixels, for a query to find itself.
+        Queries know their objects relative to where they look, and memory may have seen no positions; so the boxes
+        tell the mask head where to look.
         """
         outputs, features, src, content, memory, levels = self.steps(samples)
-        last, half = len(features) - self.finer - 1, content.shape[-1] // 2             # the level of the last map
-        places = level_of(token_centres(levels), levels, last).mT                               # [B, H * W, 2]
-        memory = level_of(memory, levels, last) + encode_boxes(places, half).mT.to(memory.dtype)
-        centres = outputs["pred_boxes"][..., :2].detach()
-        content = content + encode_boxes(centres, half).to(content.dtype)
-        return outputs, Intermediates(features, src, content, memory.reshape(src.shape))
+        last = len(features) - self.finer - 1                                           # the level of the last map
+        prior = box_prior(outputs["pred_boxes"], level_of(token_centres(levels), levels, last))
+        return outputs, Intermediates(features, src, content, level_of(memory, levels, last).reshape(src.shape),
+                                      prior.unflatten(-1, src.shape[-2:]))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[
             Outputs, list[NestedTensor], Tensor, Tensor, Tensor, FeatureLevels]:

@@ -523,8 +523,12 @@ class Log:
             for name, value in row.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, epoch)
-            for name, value in zip(visualize.COCO_NUMBERS, test.get("coco_eval_bbox", ())):
-                self.writer.add_scalar(f"coco/{name}", value, epoch)
+            for title, key in (("coco", "coco_eval_bbox"), ("coco_masks", "coco_eval_masks")):
+                for name, value in zip(visualize.COCO_NUMBERS, test.get(key, ())):
+                    self.writer.add_scalar(f"{title}/{name}", value, epoch)
+            for key in ("PQ_all", "PQ_th", "PQ_st"):
+                for name, value in test.get(key, {}).items():
+                    self.writer.add_scalar(f"panoptic/{key}/{name}", value, epoch)
             self.writer.flush()
 
     def close(self) -> None:

@@ -356,6 +356,7 @@ def side_by_side(rows: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[
 # Learning curves.
 
 BLUE, ORANGE, GREEN, GREY, BLACK = "#2f6db5", "#dd7a2c", "#3a9a63", "#9a9a9a", "#222222"
+PURPLE, RED = "#7d4bb8", "#c43a5e"                  # of masks and of panoptic maps
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -377,7 +378,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(log_file: str | Path, out: str | Path) -> None:
-    """Draw ``log.txt`` as a PNG: the total loss, its three parts, and the average precision, over epochs.
+    """Draw ``log.txt`` as a PNG: the total loss, its parts, and the average precision, over epochs; of models with masks
+    also the masks' losses, their average precision, and the panoptic quality.
 
     Values that an epoch does not have are gaps that lines bridge. The file appears whole or not at all. Raises
     ValueError where the log has no epoch or a line that is not right.
@@ -415,12 +417,16 @@ def draw_curves(log_file: str | Path, out: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def series(rows: Sequence[Mapping[str, Any]], key: str, position: int | None = None) -> tuple[list[int], list[float]]:
-    """Epochs and values of ``key``, or of the number at ``position`` of the list there, where there is a finite one."""
+def series(rows: Sequence[Mapping[str, Any]], key: str,
+           position: int | str | None = None) -> tuple[list[int], list[float]]:
+    """Epochs and values of ``key``, or of the number at ``position`` of the list or dict there, where there is a finite
+    one."""
     found = []
     for row in rows:
         value = row.get(key)
-        if position is not None:
+        if isinstance(position, str):
+            value = value.get(position) if isinstance(value, dict) else None
+        elif position is not None:
             value = value[position] if isinstance(value, list) and len(value) > position else None
         if isinstance(value, (int, float)) and math.isfinite(value):
             found.append((row["epoch"], value))
@@ -453,11 +459,12 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     handles = []
-    for key, name, colour in (("ce", "class", BLUE), ("giou", "box GIoU", GREEN), ("bbox", "box L1", ORANGE)):
+    for key, name, colour in (("ce", "class", BLUE), ("giou", "box GIoU", GREEN), ("bbox", "box L1", ORANGE),
+                              ("mask", "mask focal", PURPLE), ("dice", "mask dice", RED)):
         training, test = series(rows, f"train_loss_{key}"), series(rows, f"test_loss_{key}")
-        plot(axes, training, color=colour, linewidth=1.8)
-        plot(axes, test, color=colour, linewidth=1.8, linestyle="--")
         if training[0] or test[0]:
+            plot(axes, training, color=colour, linewidth=1.8)
+            plot(axes, test, color=colour, linewidth=1.8, linestyle="--")
             handles.append(Line2D([], [], color=colour, linewidth=3, label=name))
     heading(axes, "Parts of the loss", "last layer, weighted; solid: training, dashed: validation")
     axes.set_ylabel("loss", color=BLACK)
@@ -467,32 +474,48 @@ def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(min(values) / 1.2, max(values) * 1.6)                             # room for the legend
+        room = 1.6 if len(handles) <= 3 else max(2.0, (max(values) / min(values)) ** 0.2)         # for the legend
+        axes.set_ylim(min(values) / 1.2, max(values) * room)
     if handles:
         axes.legend(handles=handles, loc="upper right", frameon=False, ncols=3, columnspacing=1.2, handlelength=1.2)
 
 
 def draw_precision(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    styles: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("AP", dict(color=BLACK, linewidth=2.4, zorder=3)), ("AP50", dict(color=BLUE, linewidth=1.8)),
-        ("AP75", dict(color=ORANGE, linewidth=1.8)), ("APs", dict(color=GREY, linewidth=1, linestyle=":")),
-        ("APm", dict(color=GREY, linewidth=1, linestyle="--")), ("APl", dict(color=GREY, linewidth=1)))
-    words = {"APs": "AP small", "APm": "AP medium", "APl": "AP large"}
-    detail = "no evaluation yet"
-    for name, style in styles:
-        epochs, values = series(rows, "test_coco_eval_bbox", COCO_NUMBERS.index(name))
+    with_masks = any("test_coco_eval_masks" in row or "test_PQ_all" in row for row in rows)
+    boxes, of_boxes = "test_coco_eval_bbox", "box " * with_masks
+    curves: tuple[tuple[str, str, int | str, dict[str, Any]], ...] = (
+        (f"{of_boxes}AP", boxes, COCO_NUMBERS.index("AP"), dict(color=BLACK, linewidth=2.4, zorder=3)),
+        (f"{of_boxes}AP50", boxes, COCO_NUMBERS.index("AP50"), dict(color=BLUE, linewidth=1.8)),
+        (f"{of_boxes}AP75", boxes, COCO_NUMBERS.index("AP75"), dict(color=ORANGE, linewidth=1.8)),
+        (f"{of_boxes}AP small", boxes, COCO_NUMBERS.index("APs"), dict(color=GREY, linewidth=1, linestyle=":")),
+        (f"{of_boxes}AP medium", boxes, COCO_NUMBERS.index("APm"), dict(color=GREY, linewidth=1, linestyle="--")),
+        (f"{of_boxes}AP large", boxes, COCO_NUMBERS.index("APl"), dict(color=GREY, linewidth=1)),
+        ("mask AP", "test_coco_eval_masks", COCO_NUMBERS.index("AP"), dict(color=PURPLE, linewidth=2.4, zorder=3)),
+        ("PQ", "test_PQ_all", "pq", dict(color=RED, linewidth=2.4, zorder=3)),
+        ("PQ things", "test_PQ_th", "pq", dict(color=RED, linewidth=1, linestyle="--")),
+        ("PQ stuff", "test_PQ_st", "pq", dict(color=RED, linewidth=1, linestyle=":")))
+    now, detail = [], "no evaluation yet"
+    for name, key, position, style in curves:
+        epochs, values = series(rows, key, position)
         measured = [(epoch, value) for epoch, value in zip(epochs, values) if value >= 0]       # -1: no such objects
         if not measured:
             continue
         epochs, values = map(list, zip(*measured))
-        plot(axes, (epochs, values), label=words.get(name, name), **style)
+        plot(axes, (epochs, values), label=name, **style)
         if name == "AP":
             best = max(values)
             detail = f"last {values[-1]:.3f} (epoch {epochs[-1]}), best {best:.3f} (epoch {epochs[values.index(best)]})"
-    heading(axes, "Average precision on the validation images", detail)
-    axes.set_ylabel("AP", color=BLACK)
+        elif "zorder" in style:
+            now.append(f"{name} {values[-1]:.3f}")
+            detail = f"last: {', '.join(now)} (epoch {epochs[-1]})"
+    title = "AP and PQ" if any("test_PQ_all" in row for row in rows) else "Average precision"
+    heading(axes, f"{title} on the validation images", detail)
+    axes.set_ylabel("AP, PQ" if title == "AP and PQ" else "AP", color=BLACK)
     if axes.lines:
         top = max(value for line in axes.lines for value in line.get_ydata())
-        axes.set_ylim(0, min(1.0, max(0.05, top * 1.3)))
-        room = "upper left" if top < 0.7 else "lower right"
-        axes.legend(loc=room, frameon=False, ncols=2, columnspacing=1.2)
+        low = top < 0.7 or with_masks
+        axes.set_ylim(0, max(0.05, top * 1.5) if with_masks else min(1.0, max(0.05, top * 1.3)))
+        if axes.get_ylim()[1] > 1:
+            axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1])              # above is the legend alone
+        axes.legend(loc="upper left" if low else "lower right", frameon=False, columnspacing=1.2,
+                    **dict(ncols=3, handlelength=1.5) if with_masks else dict(ncols=2))

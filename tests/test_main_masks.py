@@ -2,19 +2,22 @@
 import contextlib
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_main import log, run, settle
 
+from datasets import build_dataset, build_evaluators
 from datasets.coco_panoptic import PanopticAnnotations
 from datasets.panoptic_eval import PanopticEvaluator
 from datasets.synthetic import make_panoptic, make_synthetic
 from detr import build_model, checkpoint
+from detr.postprocess import encode
 
 FEW = "--image_size 64 --max_size 100 --batch_size 4 --num_workers 0 --device cpu --amp off --print_every 1000 "
 SMALL = FEW + ("--model tiny_deformable_detr --num_queries 12 --dec_layers 1 --dim_feedforward 32 ")
@@ -175,8 +178,47 @@ def test_the_mask_head_sees_the_map_of_the_backbones_stride():
     model = build_model("deformable_detr_resnet50", num_classes=3, backbone="resnet18", masks=True, hidden_dim=128,
                         enc_layers=1, dec_layers=1, dim_feedforward=32, num_queries=4)[0].eval()
     with torch.no_grad():
-        outputs, (features, src, hs, memory) = model.detr.detect([torch.randn(3, 96, 160)])
-    assert [tuple(f.tensors.shape[-2:]) for f in features] == [(24, 40), (12, 20), (6, 10), (3, 5)]
-    assert src.shape == memory.shape == (1, 128, 3, 5) and hs.shape == (1, 4, 128)
+        seen = model.detr.detect([torch.randn(3, 96, 160)])[1]
+    assert [tuple(f.tensors.shape[-2:]) for f in seen.features] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    assert seen.src.shape == seen.memory.shape == (1, 128, 3, 5) and seen.hs.shape == (1, 4, 128)
     assert model([torch.randn(3, 96, 160)])["pred_masks"].shape == (1, 4, 24, 40)
-    assert np.isfinite(memory.numpy()).all()
+    assert seen.memory.isfinite().all()
+
+
+@pytest.mark.parametrize("crowds", [False, True], ids=["objects", "crowds too"])
+def test_the_masks_of_photographs_against_themselves(real_data, tmp_path, crowds):
+    """COCO's objects as our reader gives them, each a prediction with score 1, and with a part of its crowds, which
+    count neither as right nor as wrong: what pycocotools makes of its own masks of the same objects, all found."""
+    folder = real_data / "coco_mini"
+    data = build_dataset("val", folder, return_masks=True)
+    evaluator = build_evaluators(data, masks=True)[0]
+    label = {category.id: category.label for category in data.categories}
+    plain = []
+    for i, image_id in enumerate(data.ids):
+        target = data.target(i)
+        found = {"labels": target["labels"], "boxes": target["boxes"], "masks": encode(target["masks"].byte()[:, None])}
+        rows = data.coco.imgToAnns[image_id]
+        plain += [{"image_id": image_id, "category_id": row["category_id"], "score": 1.0,
+                   "segmentation": data.coco.annToRLE(row)} for row in rows if not row["iscrowd"]]
+        for row in (row for row in rows if row["iscrowd"] and crowds):
+            part = torch.from_numpy(data.coco.annToMask(row))
+            part[:, ::2] = 0                                                        # half of it: IoU by its own area is 1
+            code, = encode(part[None, None])
+            found = {"labels": torch.cat([found["labels"], torch.tensor([label[row["category_id"]]])]),
+                     "boxes": torch.cat([found["boxes"], torch.tensor([row["bbox"]])]), "masks": [*found["masks"], code]}
+            plain.append({"image_id": image_id, "category_id": row["category_id"], "score": 1.0, "segmentation": code})
+        evaluator.update({image_id: {**found, "scores": torch.ones(len(found["labels"]))}})
+    assert sum(row["iscrowd"] for row in data.coco.anns.values()) == 5
+    results = evaluator.summarize()["coco_eval_masks"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "annotations" / "instances_val2017.json"))
+        judge = COCOeval(truth, truth.loadRes(plain), "segm")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    assert results == judge.stats.tolist() and results[0] > 0.99 and results[8] == 1
+    evaluator.save_results(tmp_path / "results.json")
+    saved = json.loads((tmp_path / "results_masks.json").read_text())
+    areas = [Counter((row["image_id"], row["category_id"], int(coco_mask.area(row["segmentation"]))) for row in rows)
+             for rows in (saved, plain)]
+    assert areas[0] == areas[1] and areas[0].total() == len(plain) == 619 + 5 * crowds

@@ -388,6 +388,17 @@ def epoch(number: int, **more) -> dict:
     return {**row, "test_coco_eval_bbox": [ap, ap, ap / 2, -1, ap / 2, ap] + [ap] * 6, "epoch": number, **more}
 
 
+def with_masks(number: int, **more) -> dict:
+    """An epoch of a model with masks on panoptic data."""
+    pq = 0.6 - 0.5 / (number + 1)
+    return epoch(number) | {
+        f"{split}_loss_{name}": scale / (number + 1) for split in ("train", "test")
+        for name, scale in (("mask", 0.05), ("dice", 0.9))} | {
+        "test_coco_eval_masks": [pq / 2, *[0.99] * 11]} | {
+        f"test_PQ_{of}": {"pq": part * pq, "sq": 0.98, "rq": 0.97, "n": 3}
+        for of, part in (("all", 1.0), ("th", 1.1), ("st", 0.9))} | more
+
+
 def write(path, rows, ending="\n"):
     path.write_text("\n".join(json.dumps(row) for row in rows) + ending)
     return path
@@ -407,7 +418,10 @@ def lines_drawn(monkeypatch) -> list[tuple[str, list[int], list[float]]]:
     [{"epoch": 7}],
     [{"epoch": 0, "train_loss": 3.0}, {"epoch": 1, "train_loss": math.inf, "test_coco_eval_bbox": [-1.0] * 12}],
     [epoch(0, train_loss_bbox=0.0, test_coco_eval_bbox=[0.0] * 12)],
-], ids=["long", "one", "gaps", "nothing", "infinite", "zeros"])
+    [with_masks(i) for i in range(9)],
+    [with_masks(0, test_PQ_all={"pq": -1.0, "sq": -1.0, "rq": -1.0, "n": 0}), with_masks(1, test_PQ_th=None)],
+    [with_masks(0, test_coco_eval_bbox=[1.0] * 12)],
+], ids=["long", "one", "gaps", "nothing", "infinite", "zeros", "masks", "masks with gaps", "masks high up"])
 @pytest.mark.filterwarnings("error")
 def test_curves_of_logs_as_they_come(tmp_path, rows):
     out = tmp_path / "curves.png"
@@ -429,10 +443,37 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert drawn[10][2] == pytest.approx([1 / 6, 5 / 14])
 
 
+def test_what_is_drawn_of_masks(tmp_path, monkeypatch):
+    """The masks' losses among the parts; mask AP and PQ after the precision of boxes, which say then what they are of."""
+    drawn = lines_drawn(monkeypatch)
+    nothing = {"pq": -1.0, "sq": -1.0, "rq": -1.0, "n": 0}
+    draw_curves(write(tmp_path / "log.txt", [with_masks(0, test_PQ_st=nothing), epoch(1), with_masks(2)]),
+                tmp_path / "curves.png")
+    assert [(epochs, values[0]) for _, epochs, values in drawn[8:12]] == [
+        ([0, 2], 0.05), ([0, 2], 0.05), ([0, 2], 0.9), ([0, 2], 0.9)]
+    assert [(label, epochs) for label, epochs, _ in drawn[12:]] == [
+        *[(f"box AP{of}", [0, 1, 2]) for of in ("", "50", "75", " medium", " large")],
+        ("mask AP", [0, 2]), ("PQ", [0, 2]), ("PQ things", [0, 2]), ("PQ stuff", [2])]
+    last = 0.6 - 0.5 / 3
+    assert [values[-1] for *_, values in drawn[17:]] == pytest.approx([last / 2, last, 1.1 * last, 0.9 * last])
+
+
+def test_masks_change_no_picture_of_boxes(tmp_path):
+    """Without masks in the log the colours of masks are nowhere; with them each is in its panels."""
+    pixels = {}
+    for name, make in (("boxes", epoch), ("masks", with_masks)):
+        draw_curves(write(tmp_path / f"{name}.txt", [make(i) for i in range(5)]), tmp_path / f"{name}.png")
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        pixels[name] = [[of_colour(third, tuple(bytes.fromhex(colour[1:]))).sum() > 50
+                         for colour in (visualize.PURPLE, visualize.RED)] for third in np.split(picture, 3, 1)]
+    assert pixels == {"boxes": [[False, False]] * 3, "masks": [[False, False], [True, True], [True, True]]}
+
+
 def test_series():
     rows = [{"epoch": 3, "a": 1}, {"epoch": 4}, {"epoch": 5, "a": [7, 8]}, {"epoch": 6, "a": "x"}, {"epoch": 7, "a": [1]}]
     assert series(rows, "a") == ([3], [1])
     assert series(rows, "a", 1) == ([5], [8])
+    assert series([*rows, {"epoch": 8, "a": {"pq": 0.5}}, {"epoch": 9, "a": {"sq": 1}}], "a", "pq") == ([8], [0.5])
     assert len(COCO_NUMBERS) == 12 and COCO_NUMBERS[8] == "AR100"
 
 

@@ -24,7 +24,7 @@ their number and ``bbox`` their tight box. Whole shapes have their outline as po
 compressed RLE; crowds have uncompressed RLE as in COCO.
 
 Panoptic segments are the visible pixels of each object, and all others as one segment of stuff: the ground, whose class
-is its texture. No pixel is void. A segment's id is its colour: that of its class, a sixteenth darker with each object
+is its colour. No pixel is void. A segment's id is its colour: that of its class, a sixteenth darker with each object
 before it in the image.
 """
 from __future__ import annotations
@@ -48,15 +48,15 @@ VERSION = 1
 CHECKSUM = "dc1b56f79927d997277927cbdffc13c94bf981869ebecf94628e96e1a8abba7c"
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "synthetic"
 MARKER = "synthetic.json"
-PANOPTIC_CHECKSUM = "1229429167bb6a5364014bc61e88974050027dde45a94850247b51824eea94bd"
+PANOPTIC_CHECKSUM = "61e1dedae3a52be71f57effcd966647466f064f76ce5795b6b309c09bb4c0eea"
 PANOPTIC_MARKER = "synthetic_panoptic.json"
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)              # with gaps, so that whoever takes an id for a label is found out
-GROUNDS = ("clouds", "stripes", "checks", "contours")
+GROUNDS = ("sand", "grass", "water", "stone")     # reddish to yellow, green, blue, nearly grey
 GROUND_IDS = (21, 34, 55, 89)
 COLOURS = ((228, 64, 64), (64, 108, 228), (64, 190, 84), (238, 176, 48), (158, 78, 208), (52, 196, 206),    # of shapes
-           (168, 168, 152), (184, 148, 122), (120, 148, 166), (152, 172, 120))                              # of grounds
+           (196, 168, 120), (132, 168, 104), (112, 144, 176), (152, 152, 152))                              # of grounds
 FIRST_ID = {"train": 100_001, "val": 200_001}   # image ids and file names
 SMALLEST = 11                                   # pixels, of a box side
 
@@ -71,7 +71,7 @@ class Scene(NamedTuple):
     pixels: np.ndarray              # [H, W, 3] uint8
     owner: np.ndarray               # [H, W] int: which object is seen, -1 for the ground
     objects: list[dict[str, Any]]   # category_id, bbox, area, iscrowd, segmentation; objects[k] is seen where owner == k
-    ground: int                     # texture of the ground, of GROUNDS
+    ground: int                     # what the ground is, of GROUNDS
 
 
 class Dice:
@@ -184,18 +184,19 @@ def ground(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray,
     """A textured background of low contrast ``[height, width, 3]``, the two colours ``[2, 3]`` it lies between, and which
     of ``GROUNDS`` it is."""
     hue, saturation, value = dice.between(0, 6), dice.between(0.05, 0.45), dice.between(0.2, 0.9)
-    step = dice.between(0.08, 0.16) * (1 if value < 0.55 else -1)
-    colours = np.stack([rgb(hue, saturation, value), rgb(hue + dice.between(-0.7, 0.7), saturation, value + step)])
+    step, turned = dice.between(0.08, 0.16) * (1 if value < 0.55 else -1), dice.between(-0.7, 0.7)
+    colours = np.stack([rgb(hue, saturation, value), rgb(hue + turned, saturation, value + step)])
+    kind = 3 if saturation < 0.15 else int((hue + turned / 2 + 1) % 6 // 2)     # of the hue between the two colours
     slope = ramp(dice.whole(0, 359), height, width)
     slope = (slope - slope.min()) / (slope.max() - slope.min())
     clouds = value_noise(dice, dice.between(24, 64), height, width)
     turn, period = dice.whole(0, 359), dice.between(9, 36)
-    kind = dice.whole(0, 3)
-    if kind == 0:                                                           # clouds, fine on coarse
+    pattern = dice.whole(0, 3)
+    if pattern == 0:                                                        # clouds, fine on coarse
         texture = 0.6 * clouds + 0.4 * value_noise(dice, dice.between(6, 14), height, width)
-    elif kind == 1:                                                         # stripes, a little bent
+    elif pattern == 1:                                                      # stripes, a little bent
         texture = wave(ramp(turn, height, width) + 10 * clouds, period)
-    elif kind == 2:                                                         # soft checks
+    elif pattern == 2:                                                      # soft checks
         texture = np.abs(wave(ramp(turn, height, width), 2 * period)
                          - wave(ramp((turn + 90) % 360, height, width), 2 * period))
     else:                                                                   # contour lines of the clouds
@@ -580,7 +581,7 @@ PANOPTIC_PARTS = (PANOPTIC_MARKER, *(f"panoptic_{split}2017" for split in FIRST_
 def make_panoptic(folder: str | Path) -> None:
     """Add the panoptic part to the data set in ``folder``, whole or not at all: it is made beside it and moved there at
     the end, the marker last. Images are not drawn again: what is seen of objects is in the json of instances, the
-    ground's texture in the first numbers of each image's random stream.
+    kind of ground in the first numbers of each image's random stream.
 
     Raises ``FileExistsError`` where some of it is there already. Where another process brings its own in the meantime,
     its files, which have the same content, are replaced.

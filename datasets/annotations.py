@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
+from datasets.examination import STOP, Examined, examine, is_whole
+from datasets.examination import counted as counted  # found here by who writes about annotations
+from datasets.examination import few as few
 from detr.structures import Category
 
 LAYOUT = """COCO's layout is expected:
@@ -58,49 +60,63 @@ def num_classes(categories: Iterable[Category]) -> int:
 # Reading the json.
 
 def read_annotations(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The json at ``path``, checked and completed, and what there is to say about it.
+    """The json at ``path``, checked and completed, and what there is to say about it: ``read_json``, then ``checked``."""
+    return checked(read_json(path), path)
 
-    A missing ``iscrowd`` becomes 0 and a missing ``area`` that of the box, and an annotation id of 0 a new one (under
-    COCO's scoring, an object with id 0 counts as never found). Raises FileNotFoundError, or ValueError with the file,
-    the row and a remedy.
-    """
+
+def read_json(path: str | Path) -> Any:
+    """The content of a json, unchecked. FileNotFoundError where it is not there, ValueError where it is no json."""
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"annotations {path} are not there. {LAYOUT}")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, source: str | Path) -> Any:
+    """The bytes of a json -> what they say. Raises ValueError, which begins with ``source``."""
+    again = "download or export it again"
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{source}: no valid json, but Git LFS's pointer to it; fetch the file itself (git lfs pull)")
+    collects = gc.isenabled()
+    gc.disable()                                # nothing here is garbage, and looking for some takes longer than parsing
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no valid json at line {error.lineno}, column {error.colno} (character {error.pos} "
-                         f"of {len(error.doc)}): {error.msg}; if cut short, download or export it again") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no valid json ({error}); download or export it again") from None
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(part), list):
-            raise ValueError(f"{path}: has no list '{part}'; COCO's format has the lists 'images', 'annotations' and "
-                             f"'categories'")
-        for i, row in enumerate(data[part]):
-            check_id(path, part, i, row)
-        ids = Counter(row["id"] for row in data[part])
-        if len(ids) < len(data[part]):
-            twice = [i for i, n in ids.items() if n > 1]
-            raise ValueError(f"{path}: '{part}' has several rows with the same id: {few(twice)}; give each its own")
-    for part in ("images", "categories"):
-        if not data[part]:
-            raise ValueError(f"{path}: the list '{part}' is empty; nothing can be learnt or scored without {part}")
-    for image in data["images"]:
-        check_image(path, image)
-    for category in data["categories"]:
-        if not isinstance(category.get("name"), str):
-            raise ValueError(f"{path}: category id {category['id']} has no 'name'; add it")
-    image_ids = {image["id"] for image in data["images"]}
-    category_ids = {category["id"] for category in data["categories"]}
-    for row in data["annotations"]:
-        _check_annotation(path, row, image_ids, category_ids)
-    return data, _complete(data["annotations"])
+        raise ValueError(f"{source}: no valid json at line {error.lineno}, column {error.colno} (character {error.pos} "
+                         f"of {len(error.doc)}): {error.msg}; if cut short, {again}") from None
+    except (ValueError, RecursionError) as error:               # other bytes than text's, endless numbers or nesting
+        raise ValueError(f"{source}: no valid json ({error}); {again}") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value of a json is a whole number, which True is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def checked(data: Any, source: str | Path, masks: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """COCO's form, checked and completed in place, and what was completed or will be clipped or left out.
+
+    Everything that ``examine`` finds and that would stop training is in one ValueError, a line for each kind, which
+    begins with ``source`` and names the first rows and a remedy. Missing ``iscrowd`` become 0, missing ``area`` that of
+    the box, and an annotation id of 0 a new one. No annotation is taken out and no box changed: scores are those of
+    COCO's evaluation only against the file's own. ``masks``: whether segmentations are used.
+    """
+    examined = examine(data, masks)
+    stops = [f"{source}: {finding.line()}" for finding in examined.findings if finding.action == STOP]
+    if stops:
+        raise ValueError("\n".join(stops))
+    _complete(data, examined)
+    return data, [finding.note for finding in examined.findings if finding.note]
+
+
+def _complete(data: dict[str, Any], examined: Examined) -> None:
+    rows = data["annotations"]
+    for i in examined.without_crowd:
+        rows[i]["iscrowd"] = 0
+    for i in examined.without_area:
+        rows[i]["area"] = rows[i]["bbox"][2] * rows[i]["bbox"][3]
+    for i in examined.zero:
+        rows[i]["id"] = examined.new_id
+    if examined.headings:
+        data["categories"] = [row for row in data["categories"] if row["id"] not in examined.headings]
 
 
 def check_id(path: Path, part: str, i: int, row: Any) -> None:
@@ -118,60 +134,6 @@ def check_image(path: Path, image: dict[str, Any]) -> None:
         if not is_whole(image.get(side)) or image[side] < 1:
             raise ValueError(f"{path}: image id {image['id']} ({image['file_name']}) has {side} {image.get(side)!r}; a "
                              f"whole number of pixels, at least 1, is needed")
-
-
-def _check_annotation(path: Path, row: dict[str, Any], image_ids: set[int], category_ids: set[int]) -> None:
-    where = f"{path}: annotation id {row['id']}"
-    for key in ("image_id", "category_id", "bbox"):
-        if key not in row:
-            raise ValueError(f"{where} has no '{key}'; add it, or take the annotation out")
-    if not is_whole(row["image_id"]) or row["image_id"] not in image_ids:
-        raise ValueError(f"{where} is of image id {row['image_id']!r}, which 'images' does not list; add the image, or "
-                         f"take the annotation out")
-    if not is_whole(row["category_id"]) or row["category_id"] not in category_ids:
-        raise ValueError(f"{where} has category_id {row['category_id']!r}, which 'categories' does not list; its ids "
-                         f"are {few(sorted(category_ids), 100)}; correct it, or add the category")
-    bbox = row["bbox"]
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x)
-                                                               for x in bbox):
-        raise ValueError(f"{where} has bbox {bbox!r}; four finite numbers are needed, [left, top, width, height] in "
-                         f"pixels")
-    if row.get("iscrowd", 0) not in (0, 1):
-        raise ValueError(f"{where} has iscrowd {row['iscrowd']!r}; it is 0 or 1")
-    area = row.get("area", 0)
-    if not isinstance(area, (int, float)) or not math.isfinite(area):
-        raise ValueError(f"{where} has area {area!r}; a finite number of pixels is needed, or no 'area' at all: then "
-                         f"it is the box's")
-
-
-def _complete(annotations: list[dict[str, Any]]) -> list[str]:
-    without_area = [row["id"] for row in annotations if "area" not in row]
-    for row in annotations:
-        row.setdefault("iscrowd", 0)
-        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
-    notes = []
-    if without_area:
-        notes.append(f"{counted(len(without_area), 'annotation')} without 'area', which became the box's (annotation "
-                     f"{few(without_area)})")
-    crowds = [row["id"] for row in annotations if row["iscrowd"]]
-    if crowds:
-        notes.append(f"left out of the targets: {counted(len(crowds), 'crowd annotation')} (annotation {few(crowds)})")
-    for row in annotations:
-        if row["id"] == 0:
-            row["id"] = max(other["id"] for other in annotations) + 1
-            notes.append(f"annotation id 0 became {row['id']}, because pycocotools counts an object with id 0 as never "
-                         f"found")
-    return notes
-
-
-def few(items: Sequence[Any], most: int = 3) -> str:
-    """The first ``most`` items in words, and dots where there are more."""
-    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
-
-
-def counted(n: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: "1 box", "2 boxes"."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 # What pycocotools is used for.

@@ -1,19 +1,22 @@
-"""COCO annotations -> image and target (Lin et al., 2014)."""
+"""Annotations in COCO's form -> image and target (Lin et al., 2014)."""
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pycocotools.coco import COCO
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.annotations import LAYOUT, class_table, counted, few, index, masks, num_classes, read_annotations
+from datasets.annotations import LAYOUT, checked, class_table, counted, few, index, masks, num_classes, read_json
 from datasets.file_cache import FileCache
+from datasets.flat import Numbers, Segmentations, Strings
 from datasets.images import Picture, height_width, read_image
+from datasets.split import is_region
 from detr.distributed import is_main
 from detr.structures import Category, Target
 
@@ -25,33 +28,43 @@ class CocoDetection(Dataset):
 
     Without ``transforms`` the image is what ``read_image`` gives for ``channels``, and the target's boxes are corners in
     its pixels; the lists of ``datasets.transforms`` turn them into what models take. Boxes are clipped to the image.
-    Crowd annotations and boxes that have no width or height are no objects, and are counted in a printed line; images
-    without objects stay. ``return_masks`` adds ``masks``. ``cache_mode`` keeps the image files in memory, see
-    ``FileCache``.
+    Crowd annotations, regions to be ignored (rows with ``"ignore": 1``) and boxes that have no width or height are no
+    objects, and are counted in a printed line; images without objects stay. ``return_masks`` adds ``masks``.
+    ``cache_mode`` keeps the image files in memory, see ``FileCache``. With ``ignore_regions`` a target has ``ignore
+    [M, 4]``, the boxes of crowds and of regions to be ignored, clipped as ``boxes`` are. ``remove_difficult`` takes what
+    Pascal VOC marks as difficult for such a region, too; by default it is an object like others.
 
-    ``categories`` is the class table to use; the file's categories must be among it. Without it the table is the
-    file's own, see ``class_table``. Raises FileNotFoundError where a folder, file or image is missing and ValueError
+    ``read`` gives COCO's form of annotations in another format, in place of reading ``annotation_file``, which messages
+    still name. ``categories`` is the class table to use; the file's categories must be among it. Without it the table is
+    the file's own, see ``class_table``. Raises FileNotFoundError where a folder, file or image is missing and ValueError
     where the annotations are not right.
+
+    All that is kept of the annotations lies in tensors, once for all workers, see ``datasets.flat``.
     """
 
     def __init__(self, image_folder: str | Path, annotation_file: str | Path, transforms: Transforms | None = None,
                  return_masks: bool = False, categories: Sequence[Category] | None = None,
-                 cache_mode: bool = False, channels: int = 3) -> None:
+                 cache_mode: bool = False, channels: int = 3, read: Callable[[], dict[str, Any]] | None = None,
+                 ignore_regions: bool = False, remove_difficult: bool = False) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.channels = channels
+        self.ignore_regions, self.remove_difficult = ignore_regions, remove_difficult
+        self._read_form = read or partial(read_json, self.annotation_file)
         if not self.image_folder.is_dir():
-            raise FileNotFoundError(f"image folder {self.image_folder} is not there. {LAYOUT}")
-        data, notes = read_annotations(self.annotation_file)
+            raise FileNotFoundError(f"image folder {self.image_folder} is not there" +
+                                    (f". {LAYOUT}" if read is None else f"; {self.annotation_file} is about its images"))
+        data, notes = self._read(return_masks)
         images = sorted(data["images"], key=lambda image: image["id"])
-        self.ids: list[int] = [image["id"] for image in images]
-        self.files: list[str] = [image["file_name"] for image in images]
+        self.ids = Numbers(image["id"] for image in images)
+        self.files = Strings(image["file_name"] for image in images)
         self.sizes = torch.tensor([[image["height"], image["width"]] for image in images])          # [images, 2]
         self._check_files()
         self.categories = self._class_table(data["categories"], categories)
         self.num_classes = num_classes(self.categories)
-        notes += self._pack_objects([row for row in data["annotations"] if not row["iscrowd"]], return_masks)
+        notes += self._pack_objects(data["annotations"], return_masks)
+        del data, images
         if is_main():
             empty = int((self._starts.diff() == 0).sum())
             print(f"{self.annotation_file}: {len(self)} images ({empty} without objects, kept), {len(self._labels)} "
@@ -61,11 +74,26 @@ class CocoDetection(Dataset):
             paths = [self.image_folder / name for name in self.files]
             self._cache = FileCache(paths, str(self.image_folder), unreadable=self.image)
 
+    def _read(self, masks: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """The annotations in COCO's form, checked, their segmentations too where these are used as ``masks``; and what
+        there is to say about them."""
+        data = self._read_form()
+        notes = data.pop("notes", []) if isinstance(data, dict) else []
+        data, more = checked(data, self.annotation_file, masks)
+        return data, [*notes, *more]
+
+    def _is_no_object(self, row: dict[str, Any]) -> bool:
+        return is_region(row) or self.remove_difficult and bool(row.get("difficult"))
+
     @cached_property
     def coco(self) -> COCO:
-        """The ground truth for pycocotools, every annotation of the file included. Made on first use, from the file:
-        training never needs it, and each worker would copy its many Python objects."""
-        return index(read_annotations(self.annotation_file)[0])
+        """The ground truth for pycocotools, every annotation of the file included. What is to be ignored is given as a
+        crowd, the only kind of region that pycocotools counts neither as found nor as missed. Made on first use, by
+        reading again: training never needs it, and each worker would copy its many Python objects."""
+        data, _ = self._read()
+        for row in data["annotations"]:
+            row["iscrowd"] = int(self._is_no_object(row))
+        return index(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker that is started anew is sent: all but ``coco``."""
@@ -109,16 +137,31 @@ class CocoDetection(Dataset):
         if self._segmentations is not None:
             height, width = self.sizes[i].tolist()
             target["masks"] = masks(self._segmentations[objects], height, width)
+        if self._regions_xyxy is not None:
+            regions = slice(int(self._region_starts[i]), int(self._region_starts[i + 1]))
+            target["ignore"] = self._regions_xyxy[regions].clone()
         return target
 
+    def labels_of_images(self) -> tuple[Tensor, ...]:
+        """The labels of each image's objects, without reading anything."""
+        return self._labels.split(self._starts.diff().tolist())
+
     def _check_files(self) -> None:
-        there = set(os.listdir(self.image_folder))                      # one call, where asking file by file takes long
-        missing = [f"{name} (image id {i})" for name, i in zip(self.files, self.ids)
-                   if name not in there and not (self.image_folder / name).is_file()]
+        there: dict[str, set[str]] = {}         # by folder: one call each, where asking file by file takes long
+        missing = []
+        for name, i in zip(self.files, self.ids):
+            folder, last = os.path.split(name)
+            if folder not in there:
+                try:
+                    there[folder] = set(os.listdir(self.image_folder / folder))
+                except OSError:
+                    there[folder] = set()
+            if last not in there[folder] and not (self.image_folder / name).is_file():
+                missing.append(f"{name} (image id {i})")
         if missing:
             raise FileNotFoundError(f"{len(missing)} of the {len(self)} images that {self.annotation_file} lists are "
-                                    f"not in {self.image_folder}: {few(missing)}; copy them there (upper and lower "
-                                    f"case differ), or take them out of the json")
+                                    f"not in {self.image_folder}: {few(missing)}; copy them there (upper and lower case "
+                                    f"differ), or take them out of {self.annotation_file.name}")
 
     def _class_table(self, rows: list[dict], categories: Sequence[Category] | None) -> list[Category]:
         table = class_table({row["id"]: row["name"] for row in rows})
@@ -133,8 +176,34 @@ class CocoDetection(Dataset):
         return list(categories)
 
     def _pack_objects(self, rows: list[dict], return_masks: bool) -> list[str]:
-        """Annotations -> tensors over all images, in order of images: compact, and not copied into each worker."""
+        """Annotations -> tensors over all images, in order of images; what there is to say."""
         place = {id: i for i, id in enumerate(self.ids)}
+        difficult = sum(bool(row.get("difficult")) and not is_region(row) for row in rows)
+        regions = [row for row in rows if self._is_no_object(row)]
+        objects = [row for row in rows if not self._is_no_object(row)]
+        notes = []
+        if self.remove_difficult:
+            notes.append(f"left out of the targets: {counted(difficult, 'object')} marked as difficult")
+        ignored = sum(bool(row.get("ignore")) and not row["iscrowd"] for row in regions)
+        if ignored:
+            notes.append(f"left out of the targets: {counted(ignored, 'annotation')} with \"ignore\": 1")
+        self._regions_xyxy: Tensor | None = None
+        if self.ignore_regions:
+            _, self._regions_xyxy, self._region_starts, _ = self._clipped(regions, place)
+            notes.append(f"{counted(len(self._regions_xyxy), 'region')} to be ignored")
+        objects, self._boxes_xyxy, self._starts, dropped = self._clipped(objects, place)
+        if dropped:
+            notes.append(f"left out of the targets: {counted(len(dropped), 'box', 'boxes')} without width or height "
+                         f"inside the image (annotation {few(dropped)})")
+        label = {category.id: category.label for category in self.categories}
+        self._labels = torch.tensor([label[row["category_id"]] for row in objects], dtype=torch.int64)
+        self._area = torch.tensor([row["area"] for row in objects], dtype=torch.float32)
+        self._segmentations = Segmentations(row["segmentation"] for row in objects) if return_masks else None
+        return notes
+
+    def _clipped(self, rows: list[dict], place: dict[int, int]) -> tuple[list[dict], Tensor, Tensor, list[int]]:
+        """Rows in order of images, corners inside the image, where each image's begin ``[images + 1]``, and the ids of
+        those left out, which have no width or height there."""
         image = torch.tensor([place[row["image_id"]] for row in rows], dtype=torch.int64)
         image, order = image.sort(stable=True)
         rows = [rows[i] for i in order.tolist()]
@@ -143,21 +212,10 @@ class CocoDetection(Dataset):
         width_height = self.sizes.flip(1)[image]
         boxes_xyxy = torch.minimum(boxes_xyxy.clamp(min=0), width_height.repeat(1, 2))
         keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1)
-        dropped = [row["id"] for row, kept in zip(rows, keep.tolist()) if not kept]
-        rows = [row for row, kept in zip(rows, keep.tolist()) if kept]
-        label = {category.id: category.label for category in self.categories}
-        self._boxes_xyxy = boxes_xyxy[keep]
-        self._labels = torch.tensor([label[row["category_id"]] for row in rows], dtype=torch.int64)
-        self._area = torch.tensor([row["area"] for row in rows], dtype=torch.float32)
+        kept: list[dict] = []
+        dropped: list[dict] = []
+        for row, inside in zip(rows, keep.tolist()):
+            (kept if inside else dropped).append(row)
         counts = torch.bincount(image[keep], minlength=len(self))
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])     # [images + 1]
-        self._segmentations = self._checked_segmentations(rows) if return_masks else None
-        return [f"left out of the targets: {counted(len(dropped), 'box', 'boxes')} without width or height inside the "
-                f"image (annotation {few(dropped)})"] if dropped else []
-
-    def _checked_segmentations(self, rows: list[dict]) -> list[Any]:
-        without = [row["id"] for row in rows if not row.get("segmentation")]
-        if without:
-            raise ValueError(f"{self.annotation_file}: {len(without)} of {len(rows)} objects have no segmentation, "
-                             f"which masks need (annotation {few(without)}); add them, or go without --masks")
-        return [row["segmentation"] for row in rows]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return kept, boxes_xyxy[keep], starts, [row["id"] for row in dropped]

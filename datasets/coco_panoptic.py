@@ -34,6 +34,7 @@ from datasets.annotations import (
 )
 from datasets.coco import CocoDetection, Transforms
 from datasets.file_cache import FileCache
+from datasets.flat import Numbers, Strings
 from datasets.images import DAMAGED
 from detr.boxes import masks_to_boxes
 from detr.distributed import is_main
@@ -93,8 +94,8 @@ class PanopticAnnotations:
         data = read_panoptic(self.annotation_file)
         images = sorted(data["images"], key=lambda image: image["id"])
         rows = {row["image_id"]: row for row in data["annotations"]}
-        self.ids: list[int] = [image["id"] for image in images]
-        self.files: list[str] = [image["file_name"] for image in images]
+        self.ids = Numbers(image["id"] for image in images)
+        self.files = Strings(image["file_name"] for image in images)
         self.sizes = torch.tensor([[image["height"], image["width"]] for image in images])          # [images, 2]
         self.pngs: list[str | None] = [rows[i]["file_name"] if i in rows else None for i in self.ids]
         self._check_files()
@@ -232,6 +233,10 @@ class CocoPanoptic(CocoDetection):
         if self.return_masks:
             target["masks"] = masks
         return target
+
+    def labels_of_images(self) -> tuple[Tensor, ...]:
+        """The labels of each image's segments, without reading anything."""
+        return tuple(self.annotations.segments(i).labels for i in range(len(self)))
 
     @cached_property
     def coco(self) -> COCO:

@@ -1,7 +1,13 @@
 """datasets/coco.py: annotations become the right targets, and what is wrong with them is said by name."""
 import copy
+import gc
+import importlib.util
 import json
 import pickle
+import sys
+import types
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +19,11 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset, collate
 from datasets.annotations import COCO_CATEGORIES, class_table, num_classes
 from datasets.coco import CocoDetection
+from datasets.flat import Numbers, Segmentations, Strings
 from datasets.transforms import Preprocessing, make_transforms
 from detr.structures import Category
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def annotation(id, image_id=3, category_id=1, bbox=(10, 5, 20, 30), **more):
@@ -240,6 +249,100 @@ def test_an_image_that_cannot_be_read_is_named_with_its_id(dataset, data, tmp_pa
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.png is not there.*\(image id 3 of"):
         next(iter(loader))
+
+
+# -- regions to be ignored --------------------------------------------------------------------------------------------
+
+def test_regions_to_be_ignored(dataset, data, capsys):
+    data["annotations"] = [annotation(1), annotation(2, bbox=(50, 40, 100, 100), iscrowd=1),
+                           annotation(3, bbox=(-5, 1, 10, 10), ignore=1), annotation(4, bbox=(70, 5, 10, 10), iscrowd=1),
+                           annotation(5, image_id=7, bbox=(1, 2, 3, 4), iscrowd=1), annotation(6, ignore=0)]
+    opened = dataset(data)
+    assert "ignore" not in opened.target(0) and len(opened.target(0)["labels"]) == 2
+    assert "left out of the targets: 1 annotation with \"ignore\": 1" in capsys.readouterr().out
+    opened = dataset(data, ignore_regions=True)
+    assert opened.target(0)["boxes"].tolist() == [[10, 5, 30, 35]] * 2
+    assert opened.target(0)["ignore"].tolist() == [[50, 40, 64, 48], [0, 1, 5, 11]]             # clipped as boxes are
+    assert opened.target(1)["ignore"].tolist() == [[1, 2, 4, 6]] and len(opened.target(1)["boxes"]) == 0
+    assert "3 regions to be ignored" in capsys.readouterr().out
+    opened.target(0)["ignore"].zero_()
+    assert opened.target(0)["ignore"].tolist()[0] == [50, 40, 64, 48]
+    assert [row["iscrowd"] for row in opened.coco.anns.values()] == [0, 1, 1, 1, 1, 0]
+    data["annotations"] = []
+    assert dataset(data, ignore_regions=True).target(0)["ignore"].shape == (0, 4)
+
+
+def test_what_is_marked_as_difficult(dataset, data, capsys):
+    data["annotations"][1]["difficult"] = 1
+    assert dataset(data).target(0)["labels"].tolist() == [0, 2, 1]
+    assert "marked as difficult" not in capsys.readouterr().out
+    opened = dataset(data, remove_difficult=True, ignore_regions=True)
+    assert opened.target(0)["labels"].tolist() == [0, 1] and opened.target(0)["ignore"].tolist() == [[10, 5, 30, 35]]
+    assert "1 object marked as difficult" in capsys.readouterr().out
+    assert [row["iscrowd"] for row in opened.coco.anns.values()] == [0, 1, 0]
+    del data["annotations"][1]["difficult"]
+    dataset(data, remove_difficult=True)
+    assert "0 objects marked as difficult" in capsys.readouterr().out
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+def python_objects(opened) -> int:
+    """How many objects of Python hang on a data set, each of which a worker would copy in time; tensors count as one."""
+    seen, waiting = set(), [vars(opened)]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.FunctionType, types.ModuleType)):
+            continue
+        seen.add(id(thing))
+        waiting += gc.get_referents(thing) if not isinstance(thing, torch.Tensor) else []
+    return len(seen)
+
+
+def test_memory_of_python_does_not_grow_with_the_data(dataset, data, tmp_path):
+    segmentations = [[[1.5, 2, 3, 4, 5, 6.25]], {"size": [48, 64], "counts": [48 * 64]},
+                     rle.encode(np.ones((48, 64), np.uint8, order="F"))]
+    segmentations[2]["counts"] = segmentations[2]["counts"].decode()
+    counts, sent = [], []
+    for n in (1, 50):
+        grown = copy.deepcopy(data)
+        for i in range(n):
+            (tmp_path / "val2017" / f"{i}.png").write_bytes(b"")
+            grown["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": 64, "height": 48})
+            grown["annotations"] += [annotation(1000 + 10 * i + k, 100 + i, iscrowd=k // 3, segmentation=segmentation)
+                                     for k, segmentation in enumerate([*segmentations, segmentations[0]])]
+        grown["annotations"] = grown["annotations"][3:]
+        opened = dataset(grown, return_masks=True, ignore_regions=True)
+        counts.append(python_objects(opened))
+        sent.append(len(ForkingPickler.dumps(opened)))                  # what a worker is sent that is started anew
+    assert counts[0] == counts[1] and sent[1] - sent[0] < 200 < sent[0]
+
+
+def test_flat_lists_are_lists():
+    numbers, names = Numbers([5, -3, 2**60]), Strings(["a", "", "ünï/x.png", "\ud800"])
+    assert numbers == [5, -3, 2**60] and numbers[2] == 2**60 and numbers.index(-3) == 1 and numbers[:2] == [5, -3]
+    assert names == ["a", "", "ünï/x.png", "\ud800"] and names[-2] == "ünï/x.png" and names[1:3] == ["", "ünï/x.png"]
+    assert names.index("") == 1 and "b" not in names and len(Strings([])) == 0 and list(Numbers([])) == []
+    with pytest.raises(IndexError):
+        names[4]
+    polygons = [[0.1, 1 / 3, 5, 6, 1e-9, 7], [1, 2, 3, 4, 5, 6, 7, 8]]
+    code = rle.encode(np.eye(5, dtype=np.uint8, order="F"))
+    flat = Segmentations([polygons, code, polygons[:1], {"size": [2, 3], "counts": [1, 4, 1]}])
+    assert flat[0] == polygons and flat[2] == polygons[:1] and flat[1] == code and len(flat) == 4
+    assert rle.decode(flat[3]).tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert flat[1:3] == [code, polygons[:1]]
+
+
+def test_the_benchmark_of_memory_reads_the_same_both_ways(tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmark_memory", SCRIPTS / "benchmark_memory.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    objects = script.write_json(tmp_path / "a.json", 12)
+    flat, plain = script.Flat(tmp_path, tmp_path / "a.json", return_masks=True), script.Plain(tmp_path / "a.json")
+    items = [flat[i] for i in range(12)]
+    assert items == [plain[i] for i in range(12)] and sum(item[2] for item in items) == objects > 70
+    if sys.platform == "linux":
+        assert 0.01 < script.proportional_memory() < 100
 
 
 # -- images kept in memory --------------------------------------------------------------------------------------------

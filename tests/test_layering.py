@@ -8,7 +8,7 @@ import pytest
 LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
      "exact_mode", "deformable_cpu", "deformable_triton"},                                  # and kernels
-    {"mlp", "residual", "attention", "deformable_attention", "position_encoding", "reference_points"},
+    {"finetune", "mlp", "residual", "attention", "deformable_attention", "position_encoding", "reference_points"},
     {"backbone", "feature_levels", "encoder", "decoder", "object_queries", "two_stage", "denoising", "prediction_heads",
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},

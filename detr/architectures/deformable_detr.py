@@ -264,6 +264,11 @@ class DeformableDETR(nn.Module):
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.num_queries, self.aux_loss, self.two_stage, self.finer = num_queries, aux_loss, two_stage, finer
 
+    @property
+    def class_agnostic_head(self) -> nn.Module | None:
+        """The class head of proposals, whose row 0 stands for any object, whatever the classes are (section A.4)."""
+        return self.class_embed[-1] if self.two_stage else None
+
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs``. Two-stage: of all tokens in ``enc_outputs``, and ``invalid_queries

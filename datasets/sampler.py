@@ -18,11 +18,38 @@ FEW = 12                                    # batches for which two ways to cut 
 
 
 class OfEpoch:
-    """A process's part of an order that follows from ``seed`` and the epoch."""
+    """A process's part of an order of ``length`` images that follows from ``seed`` and the epoch.
 
-    def __init__(self, rank: int, world_size: int, seed: int) -> None:
+    With ``repeats``, a factor of at least 1 for each image (``repeat_factors``), every epoch has ``int(sum(repeats))``
+    images in place of ``length``. One with the factor 2.3 comes twice or, in 30% of the epochs, three times; it is drawn
+    anew in each epoch, and alike in all processes.
+    """
+
+    def __init__(self, length: int, rank: int, world_size: int, seed: int,
+                 repeats: Sequence[float] | Tensor | None = None) -> None:
         _check_rank(rank, world_size)
         self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, 0
+        self.repeats = None if repeats is None else torch.as_tensor(repeats, dtype=torch.float64)
+        if self.repeats is not None and (self.repeats.shape != (length,) or not (self.repeats >= 1).all()):
+            raise ValueError(f"repeats {list(self.repeats.shape)} for {length} images: a factor of at least 1 is needed "
+                             f"for each")
+        self.images_of_epoch = length if self.repeats is None else int(self.repeats.sum())
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The images of this epoch in random order: ``[images_of_epoch]`` int64.
+
+        Factors are rounded by systematic sampling: laid end to end in random order on a line with marks one unit apart,
+        beginning at a random place, each image comes as often as it holds marks: its factor on average.
+        """
+        if self.repeats is None:
+            return torch.randperm(self.images_of_epoch, generator=generator)
+        order = torch.randperm(len(self.repeats), generator=generator)
+        start = torch.rand((), dtype=torch.float64, generator=generator)
+        ends = self.repeats[order].cumsum(0)
+        ends[-1] = self.repeats.sum()                                               # in any order, to the last digit
+        marks = (ends + start).floor().long()
+        images = order.repeat_interleave(marks.diff(prepend=marks.new_zeros(1)))    # one too many, where start is late
+        return images[torch.randperm(len(images), generator=generator)[:self.images_of_epoch]]
 
     def set_epoch(self, epoch: int) -> None:
         """To be called before each epoch; without it every epoch has the order and the batches of epoch 0."""
@@ -35,21 +62,22 @@ class TrainingSampler(OfEpoch, Sampler[int]):
     The order follows from ``seed`` and the epoch alone, so a resumed run continues as the unbroken one would have, and
     the batches of all processes together are those of one process with a batch that many times larger. Within an epoch
     no image comes twice; the ``length % world_size`` last ones of the order are left out, other ones in each epoch.
-    ``DataLoader(drop_last=True)`` leaves out the last incomplete batch likewise, as published.
+    ``DataLoader(drop_last=True)`` leaves out the last incomplete batch likewise, as published. With ``repeats`` images
+    come several times, and ``int(sum(repeats))`` takes the place of ``length`` (``OfEpoch``).
     """
 
-    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        super().__init__(rank, world_size, seed)
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0,
+                 repeats: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__(length, rank, world_size, seed, repeats)
         if length < world_size:
             raise ValueError(f"{length} training images cannot be shared by {world_size} processes; add images or "
                              f"start fewer processes")
-        self.length = length
 
     def __len__(self) -> int:
-        return self.length // self.world_size
+        return self.images_of_epoch // self.world_size
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.length, generator=_generator(self.seed, self.epoch)).tolist()
+        order = self.order(_generator(self.seed, self.epoch)).tolist()
         return iter(order[self.rank:len(self) * self.world_size:self.world_size])
 
 
@@ -69,35 +97,59 @@ class TrainingBatches(OfEpoch, Sampler[list[Draw]]):
     last of the random order: all are as likely to be among them.
 
     Everything follows from ``seed`` and the epoch alone, so a resumed run continues as the unbroken one would have.
-    Every process has ``len(sizes) // (world_size * batch_size)`` batches, and no image comes twice in an epoch.
+    Every process has ``len(sizes) // (world_size * batch_size)`` batches, and no image comes twice in an epoch. With
+    ``repeats`` images come several times, each time with draws of its own, and ``int(sum(repeats))`` takes the place of
+    ``len(sizes)`` (``OfEpoch``).
     """
 
     def __init__(self, sizes: Sequence[Size] | Tensor, transforms: v2.Compose, batch_size: int, rank: int = 0,
-                 world_size: int = 1, seed: int = 0) -> None:
-        super().__init__(rank, world_size, seed)
+                 world_size: int = 1, seed: int = 0, repeats: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__(len(sizes), rank, world_size, seed, repeats)
         _check_batch_size(batch_size)
         self.sizes = _checked(sizes)
-        if len(self.sizes) < world_size * batch_size:
+        if self.images_of_epoch < world_size * batch_size:
             raise ValueError(f"--batch_size {batch_size} on {world_size} processes needs {world_size * batch_size} "
                              f"training images, and there are {len(self.sizes)}; lower it")
         self.transforms, self.batch_size = transforms, batch_size
 
     def __len__(self) -> int:
-        return len(self.sizes) // (self.world_size * self.batch_size)
+        return self.images_of_epoch // (self.world_size * self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = _generator(self.seed, self.epoch)
         step = self.world_size * self.batch_size
-        order = torch.randperm(len(self.sizes), generator=generator)[:len(self) * step].view(-1, step)
-        seeds = torch.randint(2**32, (len(self.sizes),), generator=generator)
-        for window in order.tensor_split(max(1, round(len(order) / WINDOW))):
-            draws = [Draw(i, int(seeds[i])) for i in window.flatten().tolist()]
+        order = self.order(generator)[:len(self) * step]
+        seeds = torch.randint(2**32, (len(order),), generator=generator)
+        drawn = torch.stack([order, seeds], dim=1).view(-1, step, 2)                                # [steps, step, 2]
+        for window in drawn.tensor_split(max(1, round(len(drawn) / WINDOW))):
+            draws = [Draw(i, seed) for i, seed in window.flatten(0, 1).tolist()]
             sizes = np.array(drawn_sizes(self.transforms, [self.sizes[draw.image] for draw in draws],
                                          [draw.seed for draw in draws]))
             steps = _alike(sizes, np.arange(len(draws)), step)[1]
             for k in torch.randperm(len(steps), generator=generator).tolist():
                 batches = _alike(sizes, steps[k], self.batch_size)[1]
                 yield [draws[i] for i in batches[(self.rank + k) % self.world_size]]        # in turns: they are sorted
+
+
+def repeat_factors(labels_of_images: Iterable[Sequence[int] | Tensor], threshold: float) -> Tensor:
+    """How often each image is to come in an epoch, so that rare classes are seen more often: float64 ``[images]``, at
+    least 1 (Gupta et al., 2019, appendix B.2).
+
+    ``f(c)`` is the part of the images that have an object of class c; the factor of an image is the greatest
+    ``sqrt(threshold / f(c))`` among its classes that is above 1. A class in ``threshold`` of the images or more changes
+    nothing (LVIS: 0.001), and an image without objects comes once.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--repeat_threshold {threshold}: the part of the images below which a class is rare is needed, "
+                         f"above 0 and at most 1")
+    labels = [torch.as_tensor(some, dtype=torch.int64) for some in labels_of_images]
+    factors = torch.ones(len(labels), dtype=torch.float64)
+    if any(map(len, labels)):
+        image = torch.arange(len(labels)).repeat_interleave(torch.tensor([len(some) for some in labels]))
+        image, label = torch.stack([image, torch.cat(labels)]).unique(dim=1)                # each class of an image once
+        of_class = (threshold * len(labels) / label.bincount().double()).sqrt()
+        factors.scatter_reduce_(0, image, of_class[label], "amax")
+    return factors
 
 
 class EvaluationShard(Sampler[int]):

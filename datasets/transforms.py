@@ -1,24 +1,30 @@
 """The published augmentations (Carion et al., 2020, appendix A.4), written as two lists: ``train_transforms`` and
-``eval_transforms``.
+``eval_transforms``; stronger ones that can be chosen, and ``describe``, which says in words what a list does.
 
 Every step takes and returns ``(image, target)``, and changes neither of those it was given. Until ``ToTensor`` the image
 is what ``read_image`` gives: a PIL image, or, where it is neither RGB nor grey, uint8 ``[C, H, W]``. The target's
-boxes are **corners in pixels** (left, top, right, bottom) until ``BoxesToFractions`` makes them what models take. A step
-changes those of ``boxes``, ``area``, ``masks``, ``labels``, ``iscrowd`` that the target has, so that an image without
-ground truth is ``(image, {})``.
+boxes are **corners in pixels** (left, top, right, bottom) until ``BoxesToFractions`` makes them what models take, and so
+are the regions ``ignore [M, 4]``, in which not all objects are marked. A step changes those of ``boxes``, ``area``,
+``masks``, ``labels``, ``iscrowd``, ``ignore`` that the target has, so that an image without ground truth is
+``(image, {})``.
+
+**What a crop leaves of an object counts**, be it a sliver: as published, its box is cut at the edges, and it is dropped
+only where nothing of the box is left. The same holds for every step here that cuts, and for ``ignore``.
 
 All randomness comes from torch's global generator. ``torch.manual_seed`` before the loop over a ``DataLoader`` fixes
 it: each worker's generator is seeded from the main process's.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -32,6 +38,9 @@ SCALES = tuple(range(480, 801, 32))         # lengths of the short side in train
 CROP_RESIZES = (400, 500, 600)              # short side before a crop is taken
 CROP_SIZES = (384, 600)                     # least and greatest side of a crop
 
+BOXES = ("boxes", "ignore")                 # fields of a target that hold boxes
+AUGMENTATIONS = ("published", "none")
+
 Size = int | tuple[int, int]                # short side, its proportions kept; or exactly (height, width)
 
 
@@ -39,11 +48,11 @@ Size = int | tuple[int, int]                # short side, its proportions kept; 
 
 def hflip(image: Picture, target: Target) -> tuple[Picture, Target]:
     """Left becomes right."""
-    target = target.copy()
-    if "boxes" in target:
-        x0, y0, x1, y1 = target["boxes"].unbind(1)
-        width = height_width(image)[1]
-        target["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
+    target, width = target.copy(), height_width(image)[1]
+    for name in BOXES:
+        if name in target:
+            x0, y0, x1, y1 = target[name].unbind(1)
+            target[name] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
     if "masks" in target:
         target["masks"] = target["masks"].flip(-1)
     return F.horizontal_flip(image), target
@@ -57,12 +66,17 @@ def crop(image: Picture, target: Target, region: tuple[int, int, int, int]) -> t
     target["size"] = torch.tensor([height, width])
     if "masks" in target:
         target["masks"] = target["masks"][:, top:top + height, left:left + width]
+    left_over = {}
+    for name in BOXES:
+        if name in target:
+            boxes_xyxy = target[name] - torch.tensor([left, top, left, top])
+            target[name] = torch.minimum(boxes_xyxy, torch.tensor([width, height, width, height])).clamp(min=0)
+            left_over[name] = (target[name][:, 2:] > target[name][:, :2]).all(1)
+    if "ignore" in target:
+        target["ignore"] = target["ignore"][left_over["ignore"]]
     if "boxes" in target:
-        boxes_xyxy = target["boxes"] - torch.tensor([left, top, left, top])
-        boxes_xyxy = torch.minimum(boxes_xyxy, torch.tensor([width, height, width, height])).clamp(min=0)
-        target["boxes"] = boxes_xyxy
-        target["area"] = box_area(boxes_xyxy)
-        target = select(target, (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1))
+        target["area"] = box_area(target["boxes"])
+        target = select(target, left_over["boxes"])
     return F.crop(image, top, left, height, width), target
 
 
@@ -97,8 +111,9 @@ def resize(image: Picture, target: Target, size: Size, max_size: int | None = No
     target = target.copy()
     target["size"] = torch.tensor([height, width])
     x, y = width / before[1], height / before[0]
-    if "boxes" in target:
-        target["boxes"] = target["boxes"] * torch.tensor([x, y, x, y])
+    for name in BOXES:
+        if name in target:
+            target[name] = target[name] * torch.tensor([x, y, x, y])
     if "area" in target:
         target["area"] = target["area"] * (x * y)
     if "masks" in target:
@@ -108,13 +123,14 @@ def resize(image: Picture, target: Target, size: Size, max_size: int | None = No
 
 def pad(image: Picture, target: Target, padding: tuple[int, int]) -> tuple[Picture, Target]:
     """Add ``padding`` (right, bottom) pixels of black. Boxes stay where they are."""
+    # as a crop that is larger than the image, which costs nothing where there are no pixels yet (SizeOnly)
     right, bottom = padding
     target = target.copy()
     height, width = height_width(image)
     target["size"] = torch.tensor([height + bottom, width + right])
     if "masks" in target:
         target["masks"] = F.pad(target["masks"], [0, 0, right, bottom])
-    return F.pad(image, [0, 0, right, bottom]), target
+    return F.crop(image, 0, 0, height + bottom, width + right), target
 
 
 # The same with numbers drawn at random, and the way from pictures to tensors: the steps of the lists below.
@@ -126,11 +142,20 @@ def draw(low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
-    """``hflip`` with probability ``p``."""
+    """``hflip`` with probability ``p``; images with an object of the labels ``no_flip`` stay as they are. Whether to flip
+    is drawn for them too, so that what is drawn afterwards does not depend on what is on an image."""
     p: float = 0.5
+    no_flip: tuple[int, ...] = ()
 
     def __call__(self, image: Picture, target: Target) -> tuple[Picture, Target]:
-        return hflip(image, target) if torch.rand(()) < self.p else (image, target)
+        flip = bool(torch.rand(()) < self.p)
+        if flip and self.no_flip and "labels" in target:
+            flip = not torch.isin(target["labels"], torch.tensor(self.no_flip)).any()
+        return hflip(image, target) if flip else (image, target)
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        never = f", never with {_listed([names.get(i, f'label {i}') for i in self.no_flip])}" if self.no_flip else ""
+        return f"left-right flip of {self.p:.0%} of the images{never}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +166,12 @@ class RandomResize:
 
     def __call__(self, image: Picture, target: Target) -> tuple[Picture, Target]:
         return resize(image, target, self.sizes[draw(0, len(self.sizes) - 1)], self.max_size)
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        sides, exact = ([size for size in self.sizes if isinstance(size, int) is kind] for kind in (True, False))
+        limit = "" if self.max_size is None else f", long side {self.max_size} at most"
+        ways = ([f"short side {_listed(sides)}{limit}"] if sides else []) + [f"height {h}, width {w}" for h, w in exact]
+        return f"resize, {_listed(ways)}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +186,53 @@ class RandomSizeCrop:
         top, left = draw(0, whole[0] - height), draw(0, whole[1] - width)
         return crop(image, target, (top, left, height, width))
 
+    def in_words(self, names: Mapping[int, str]) -> str:
+        return f"crop to sides of {self.least} to {self.greatest} pixels, at any place; objects are cut at the edges"
+
+
+@dataclass(frozen=True)
+class ScaleJitter:
+    """Large scale jittering (Ghiasi et al., 2021, figure 3). The frame of an image is the size that ``resized`` gives for
+    ``size`` and ``max_size``: the image is resized to it times a factor drawn from ``least`` to ``greatest``; what is
+    larger than the frame is cropped to it at a random place, and what is smaller is padded on the right and below, with
+    black where the paper has grey."""
+    size: Size
+    max_size: int | None
+    least: float
+    greatest: float
+
+    def __call__(self, image: Picture, target: Target) -> tuple[Picture, Target]:
+        frame = resized(*height_width(image), self.size, self.max_size)
+        factor = self.least + (self.greatest - self.least) * float(torch.rand(()))
+        height, width = (max(1, round(side * factor)) for side in frame)
+        image, target = resize(image, target, (height, width))
+        top, left = draw(0, max(0, height - frame[0])), draw(0, max(0, width - frame[1]))
+        image, target = crop(image, target, (top, left, min(height, frame[0]), min(width, frame[1])))
+        return pad(image, target, (max(0, frame[1] - width), max(0, frame[0] - height)))
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        frame = RandomResize((self.size,), self.max_size).in_words(names)
+        return f"{frame}, times {self.least:g} to {self.greatest:g}; then crop or pad to the size without that factor"
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast and saturation times a factor from ``1 - strength`` to ``1 + strength``, each its own, and hue
+    turned by up to ``strength / 4`` of the colour wheel, in random order (torchvision's ``v2.ColorJitter``). For tensors
+    with values in 0..1, of RGB images or of grey ones, which have only brightness and contrast to change."""
+    strength: float
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if len(image) not in (1, 3):
+            raise ValueError(f"an image with {len(image)} channels: colours can be changed where there are 3, red, green "
+                             f"and blue, or 1, grey; leave --color_jitter out")
+        s = self.strength
+        return v2.ColorJitter(s, s, s, s / 4)(image), target
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        s = self.strength
+        return f"colours: brightness, contrast and saturation by up to {s:.0%}, hue by up to {90 * s:.0f} degrees"
+
 
 @dataclass(frozen=True)
 class ToTensor:
@@ -163,6 +241,9 @@ class ToTensor:
     def __call__(self, image: Picture, target: Target) -> tuple[Tensor, Target]:
         planes = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
         return planes.contiguous().float().div_(255), target    # PIL's order is pixel by pixel, slower in what follows
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        return "numbers from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -177,17 +258,23 @@ class Normalize:
                              f"with the channels of --in_channels, and give mean and std that many numbers")
         return F.normalize(image, self.mean, self.std), target
 
+    def in_words(self, names: Mapping[int, str]) -> str:
+        return f"minus the mean {_numbers(self.mean)}, by the standard deviation {_numbers(self.std)}"
+
 
 @dataclass(frozen=True)
 class BoxesToFractions:
     """Corners in pixels -> centre, width, height as fractions of the image."""
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if "boxes" not in target:
-            return image, target
-        height, width = image.shape[-2:]
-        boxes = box_xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])
-        return image, {**target, "boxes": boxes}
+        (height, width), target = image.shape[-2:], target.copy()
+        for name in BOXES:
+            if name in target:
+                target[name] = box_xyxy_to_cxcywh(target[name]) / torch.tensor([width, height, width, height])
+        return image, target
+
+    def in_words(self, names: Mapping[int, str]) -> str:
+        return "boxes as fractions of the image"
 
 
 # The two lists.
@@ -258,37 +345,66 @@ def eval_transforms(preprocessing: Preprocessing = Preprocessing()) -> v2.Compos
 
 def train_transforms(preprocessing: Preprocessing = Preprocessing(), *, scales: Sequence[Size] = SCALES,
                      crop_resizes: Sequence[int] = CROP_RESIZES, crop_sizes: tuple[int, int] = CROP_SIZES,
-                     flip: bool = True, crop: bool = True) -> v2.Compose:
+                     flip: bool = True, crop: bool = True, no_flip: Sequence[int] = (), color_jitter: float = 0.0,
+                     scale_jitter: tuple[float, float] | None = None) -> v2.Compose:
     """The list for training; as it stands, the published one.
 
     An image is resized to one of ``scales``, or, half of the time, first to one of ``crop_resizes``, cropped to sides
-    within ``crop_sizes``, and then resized to one of ``scales``. ``flip`` and ``crop`` switch these steps off. Of
-    ``preprocessing``, ``max_size`` limits the last resize, and ``mean`` and ``std`` are used.
+    within ``crop_sizes``, and then resized to one of ``scales``. ``flip`` and ``crop`` switch these steps off, and images
+    with objects of the labels ``no_flip`` are never flipped. Of ``preprocessing``, ``max_size`` limits the last resize,
+    and ``mean`` and ``std`` are used.
+
+    Not published: ``color_jitter``, the strength of ``ColorJitter`` above 0 and up to 1; and ``scale_jitter``, the range
+    of the factor of ``ScaleJitter``, which takes the place of all resizes and crops (Ghiasi et al.: 0.1 to 2).
     """
+    if not 0 <= color_jitter <= 1:
+        raise ValueError(f"--color_jitter {color_jitter}: a strength from 0, for none, to 1 is needed")
+    if color_jitter and len(preprocessing.mean) not in (1, 3):
+        raise ValueError(f"--color_jitter {color_jitter} is for RGB and grey images, and these have "
+                         f"{len(preprocessing.mean)} channels; leave it out")
+    if scale_jitter is not None and not (len(scale_jitter) == 2 and 0 < scale_jitter[0] <= scale_jitter[1]):
+        raise ValueError(f"--scale_jitter {' '.join(map(str, scale_jitter))}: the least and the greatest factor are "
+                         f"needed, above 0, such as 0.1 2")
     to_scale = RandomResize(tuple(scales), preprocessing.max_size)
     crop_and_resize = v2.Compose([RandomResize(tuple(crop_resizes)), RandomSizeCrop(*crop_sizes), to_scale])
+    size: Any = v2.RandomChoice([to_scale, crop_and_resize]) if crop else to_scale
+    if scale_jitter is not None:
+        size = ScaleJitter(preprocessing.size, preprocessing.max_size, *scale_jitter)
     return v2.Compose([
-        *([RandomHorizontalFlip()] if flip else []),
-        v2.RandomChoice([to_scale, crop_and_resize]) if crop else to_scale,
+        *([RandomHorizontalFlip(no_flip=tuple(no_flip))] if flip else []),
+        size,
         ToTensor(),
+        *([ColorJitter(color_jitter)] if color_jitter else []),             # behind ToTensor: sizes are known without it
         Normalize(preprocessing.mean, preprocessing.std),
         BoxesToFractions(),
     ])
 
 
 def make_transforms(split: str, preprocessing: Preprocessing = Preprocessing(), *, scales: Sequence[Size] | None = None,
-                    least_scale: float = 0.6, flip: bool = True, crop: bool = True) -> v2.Compose:
+                    least_scale: float = 0.6, flip: bool = True, crop: bool = True, aug: str = "published",
+                    no_flip: Sequence[int] = (), color_jitter: float = 0.0,
+                    scale_jitter: tuple[float, float] | None = None) -> v2.Compose:
     """The list for ``split`` ("train" or "val") of a model that is evaluated with ``preprocessing``.
 
     800 pixels for the short side give the published lists. Another ``size`` scales all lengths of the training list in
     proportion: at 160, short sides of 96 to 160 and crops of 77 to 120 pixels. Where ``size`` is (height, width), every
     training image ends at exactly that size, and its crops are in proportion to the shorter of the two. ``scales``
     replaces the list of sizes that training draws from, which else begins at ``least_scale`` of the size.
+
+    ``aug="none"`` trains on what evaluation gets: the same list. ``no_flip``, ``color_jitter`` and ``scale_jitter``: see
+    ``train_transforms``.
     """
+    if aug not in AUGMENTATIONS:
+        raise ValueError(f"--aug {aug!r} is not one of {', '.join(AUGMENTATIONS)}")
     if split == "val":
         return eval_transforms(preprocessing)
     if split != "train":
         raise ValueError(f"no transforms for split {split!r}; there are 'train' and 'val'")
+    if aug == "none":
+        for name, value in (("color_jitter", color_jitter), ("scale_jitter", scale_jitter)):
+            if value:
+                raise ValueError(f"--aug none and --{name}: images are changed or they are not; leave one of them out")
+        return eval_transforms(preprocessing)
     size = preprocessing.size
     ratio = (size if isinstance(size, int) else min(size)) / 800
 
@@ -302,4 +418,37 @@ def make_transforms(split: str, preprocessing: Preprocessing = Preprocessing(), 
         scales = in_proportion(lengths[::-1]) if isinstance(size, int) else (size,)
     least, greatest = in_proportion(CROP_SIZES)
     return train_transforms(preprocessing, scales=scales, crop_resizes=in_proportion(CROP_RESIZES),
-                            crop_sizes=(least, greatest), flip=flip, crop=crop)
+                            crop_sizes=(least, greatest), flip=flip, crop=crop, no_flip=no_flip,
+                            color_jitter=color_jitter, scale_jitter=scale_jitter)
+
+
+# In words.
+
+def describe(transforms: Any, names: Mapping[int, str] = MappingProxyType({})) -> list[str]:
+    """What ``transforms``, or those of a data set, do to an image, a line a step; steps that are none of this file's as
+    they call themselves. ``names`` of labels."""
+    if transforms is None:
+        return []
+    if hasattr(transforms, "describe"):                                         # a data set that does more
+        return transforms.describe(names)
+    if isinstance(transforms, Dataset):
+        return describe(getattr(transforms, "transforms", None), names)
+    if isinstance(transforms, v2.Compose):
+        return [line for step in transforms.transforms for line in describe(step, names)]
+    if isinstance(transforms, v2.RandomChoice):
+        ways = [f"{chance:.0%} {', then '.join(describe(step, names))}"
+                for chance, step in zip(transforms.p, transforms.transforms)]
+        return ["; or ".join(ways)]
+    return [transforms.in_words(names) if hasattr(transforms, "in_words") else str(transforms)]
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """ "1", "1 or 2", "1, 2 or 3"; long lists of numbers by their ends."""
+    if len(values) > 5:
+        return f"{values[0]} to {values[-1]} ({len(values)} of them)"
+    words = [str(value) for value in values]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)

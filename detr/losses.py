@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import box_cxcywh_to_xyxy, paired_giou
+from .boxes import box_area, box_cxcywh_to_xyxy, paired_giou
 from .structures import Match, Outputs, Target
+
+IGNORED = 0.5                   # least part of a box in an ignore region with which its query need not see "no object"
+LEFT_OUT = -100                 # the class that cross-entropy leaves out, with its weight
 
 
 def matched_queries(match: Match, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -26,41 +29,128 @@ def matched_targets(name: str, targets: Sequence[Target], match: Match) -> Tenso
     return torch.cat([target[name][obj.to(target[name].device)] for target, (_, obj) in zip(targets, match)])
 
 
+@torch.no_grad()
+def ignored_queries(outputs: Outputs, targets: Sequence[Target], match: Match) -> Tensor | None:
+    """Which queries are not to learn that they see no object: bool ``[B, Q]``, or None where no target has ``ignore``.
+
+    They are unmatched, and at least half (``IGNORED``) of the area of their box lies in one region of ``ignore [M, 4]``
+    (cxcywh in 0..1). That is how COCO's evaluation excuses detections in a crowd, region by region; several regions that
+    hold half of a box only together excuse nothing. A box without area lies in no region.
+    """
+    if not any(len(target.get("ignore", ())) for target in targets):
+        return None
+    boxes_xyxy = box_cxcywh_to_xyxy(outputs["pred_boxes"])[:, :, None]                          # [B, Q, 1, 4]
+    ignored = torch.zeros(boxes_xyxy.shape[:2], dtype=torch.bool, device=boxes_xyxy.device)
+    for i, target in enumerate(targets):
+        if len(target.get("ignore", ())):
+            boxes, regions = boxes_xyxy[i], box_cxcywh_to_xyxy(target["ignore"].to(boxes_xyxy))
+            size = torch.minimum(boxes[..., 2:], regions[:, 2:]) - torch.maximum(boxes[..., :2], regions[:, :2])
+            inside, area = size.clamp(min=0).prod(-1), box_area(boxes)                          # [Q, M], [Q, 1]
+            ignored[i] = ((inside >= IGNORED * area) & (area > 0)).any(1)
+    ignored[matched_queries(match, ignored.device)] = False
+    return ignored
+
+
+def balanced_weights(counts: Sequence[int] | Tensor) -> list[float]:
+    """Weights of classes that have so many objects each: proportional to ``1 / sqrt(count)``, and 1 on average over the
+    objects, so that the loss keeps its scale. A class without objects, which no object counts for, gets 1."""
+    number = torch.as_tensor(counts, dtype=torch.float64)
+    if number.dim() != 1 or (number < 0).any():
+        raise ValueError(f"counts {list(number.shape)}: one number of objects for each class is needed, none below 0")
+    weights = number.sum() / number.sqrt().sum() / number.sqrt()                # sum(count * weight) = sum(count)
+    return torch.where(number > 0, weights, 1.0).tolist()
+
+
+def checked_weights(class_weights: Sequence[float] | Tensor | None) -> Tensor | None:
+    """Weights of classes as a tensor ``[C]``; ValueError where one is no weight."""
+    if class_weights is None:
+        return None
+    weights = torch.as_tensor(class_weights, dtype=torch.float32)
+    if weights.dim() != 1 or not (weights.isfinite() & (weights > 0)).all():
+        raise ValueError(f"class_weights {weights.tolist()}: a finite number above 0 is needed for each class")
+    return weights
+
+
 class SoftmaxLabelLoss:
     """``loss_ce``: cross-entropy over ``num_classes`` classes and "no object", whose weight is ``eos_coef``; the mean
     is weighted by the same weights. ``class_error``: percentage of matched queries whose best class is wrong, 100 where
-    nothing was matched, as published."""
+    nothing was matched, as published.
 
-    def __init__(self, num_classes: int, eos_coef: float) -> None:
+    ``class_weights`` are those of the classes, which without them weigh 1, as published. Queries in ignore regions have
+    no part in the mean (``ignored_queries``); where none is left, it is 0.
+    """
+
+    def __init__(self, num_classes: int, eos_coef: float, class_weights: Sequence[float] | Tensor | None = None) -> None:
         self.num_classes, self.eos_coef = num_classes, eos_coef
+        self.weigh_classes(class_weights)
+
+    def weigh_classes(self, class_weights: Sequence[float] | Tensor | None) -> None:
+        """``class_weights`` from now on."""
+        self.class_weights = checked_weights(class_weights)
+        if self.class_weights is not None:
+            check_number(self.class_weights, self.num_classes)
 
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
                  num_boxes: Tensor) -> dict[str, Tensor]:
         logits = outputs["pred_logits"]                                                         # [B, Q, C + 1]
         index, labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
+        ignored = ignored_queries(outputs, targets, match)
         classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         classes[index] = labels
         weight = torch.ones(self.num_classes + 1, device=logits.device)
+        if self.class_weights is not None:
+            weight[:-1] = self.class_weights
         weight[-1] = self.eos_coef
-        return {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight),
-                "class_error": class_error(logits[index].detach(), labels)}
+        if ignored is None:
+            loss = F.cross_entropy(logits.transpose(1, 2), classes, weight)
+        else:
+            total = weight[classes].masked_fill(ignored, 0.0).sum()
+            loss = F.cross_entropy(logits.transpose(1, 2), classes.masked_fill(ignored, LEFT_OUT), weight,
+                                   ignore_index=LEFT_OUT, reduction="sum") / torch.where(total > 0, total, 1.0)
+        return {"loss_ce": loss, "class_error": class_error(logits[index].detach(), labels)}
 
 
 class FocalLabelLoss:
     """``loss_ce``: focal loss of every query and class by the number of boxes (Lin et al., 2017); ``class_error`` as
-    above."""
+    above.
 
-    def __init__(self, alpha: float = 0.25) -> None:
+    With ``class_weights`` [C], all that a matched query contributes is times the weight of its object's class; other
+    queries weigh 1, and without them all do, as published. Targets of class-agnostic proposals, whose label is always
+    0, have the class in ``classes``. Queries in ignore regions contribute nothing, for no class (``ignored_queries``).
+    """
+
+    def __init__(self, alpha: float = 0.25, class_weights: Sequence[float] | Tensor | None = None) -> None:
         self.alpha = alpha
+        self.weigh_classes(class_weights)
+
+    def weigh_classes(self, class_weights: Sequence[float] | Tensor | None) -> None:
+        """``class_weights`` from now on."""
+        self.class_weights = checked_weights(class_weights)
 
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
                  num_boxes: Tensor) -> dict[str, Tensor]:
         logits = outputs["pred_logits"]                                                         # [B, Q, C]
         (image, query), labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
+        ignored = ignored_queries(outputs, targets, match)
         classes = torch.zeros_like(logits)
         classes[image, query, labels] = 1
-        return {"loss_ce": sigmoid_focal_loss(logits, classes, self.alpha).sum() / num_boxes,
-                "class_error": class_error(logits[image, query].detach(), labels)}
+        loss = sigmoid_focal_loss(logits, classes, self.alpha)
+        if self.class_weights is not None:
+            check_number(self.class_weights, logits.shape[-1])
+            of_objects = matched_targets("classes", targets, match) if "classes" in targets[0] else labels
+            weight = torch.ones(logits.shape[:2], device=logits.device)
+            weight[image, query] = self.class_weights.to(logits.device)[of_objects]
+            loss = loss * weight[..., None]
+        if ignored is not None:
+            loss = loss.masked_fill(ignored[..., None], 0.0)
+        return {"loss_ce": loss.sum() / num_boxes, "class_error": class_error(logits[image, query].detach(), labels)}
+
+
+def check_number(class_weights: Tensor, num_classes: int) -> None:
+    """ValueError unless there is a weight for each class."""
+    if len(class_weights) != num_classes:
+        raise ValueError(f"class_weights has {len(class_weights)} numbers for {num_classes} classes; give one for each "
+                         f"label from 0 to {num_classes - 1}, or 'auto'")
 
 
 def class_error(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ class SetCriterion(nn.Module):
 
     The values are unweighted; ``weight_dict`` holds the weights and ``weighted_sum`` applies them. Names without a
     weight are for reading only. ``class_agnostic_proposals``: the proposals of a two-stage model only tell objects from
-    background, so all their targets have label 0 (Zhu et al., 2021, section A.4).
+    background, so all their targets have label 0 (Zhu et al., 2021, section A.4); ``classes`` keeps the objects' own.
+
+    Targets may have ``ignore [M, 4]`` (cxcywh in 0..1), regions in which not all objects are marked: queries that find
+    something there are not told that they see no object, in no layer and in no proposal.
     """
 
     def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float],
@@ -39,6 +42,15 @@ class SetCriterion(nn.Module):
                 values |= {name + suffix: value for name, value in loss(predictions, objects, match, num_boxes).items()}
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
 
+    def weigh_classes(self, class_weights: Sequence[float] | Tensor | None) -> None:
+        """From now on an object counts in the class loss as much as the weight of its label says; None: all alike, as
+        published. ValueError where no loss has weights of classes."""
+        weighing = [loss for loss in self.losses if hasattr(loss, "weigh_classes")]
+        if not weighing:
+            raise ValueError("class_weights: this criterion has no loss of classes that could take them; leave them out")
+        for loss in weighing:
+            loss.weigh_classes(class_weights)
+
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """What is back-propagated: the sum of the losses that have a weight, times it."""
         return torch.stack([losses[name] * w for name, w in self.weight_dict.items() if name in losses]).sum()
@@ -51,9 +63,7 @@ class SetCriterion(nn.Module):
         for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
             yield f"_{i}", auxiliary, targets
         if "enc_outputs" in outputs:
-            objects: Sequence[Target] = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets] \
-                if self.class_agnostic_proposals else targets
-            yield "_enc", outputs["enc_outputs"], objects
+            yield "_enc", outputs["enc_outputs"], class_agnostic(targets) if self.class_agnostic_proposals else targets
 
     def number_of_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
         """Objects of the batch, at least 1; in training as a mean over processes. In evaluation processes may have
@@ -62,6 +72,11 @@ class SetCriterion(nn.Module):
         if self.training:
             number = distributed.sum_over_processes(number) / distributed.world_size()
         return number.clamp(min=1)
+
+
+def class_agnostic(targets: Sequence[Target]) -> list[Target]:
+    """Targets that only say where objects are: label 0 for all, and their labels under ``classes``."""
+    return [{**target, "labels": torch.zeros_like(target["labels"]), "classes": target["labels"]} for target in targets]
 
 
 def every_row(weights: dict[str, float], dec_layers: int, aux_loss: bool, proposals: bool = False) -> dict[str, float]:

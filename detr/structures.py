@@ -21,6 +21,8 @@ class Target(TypedDict, total=False):
     image_id: Tensor        # [1] int64
     area: Tensor            # [N] float32, pixels of the image as fed
     iscrowd: Tensor         # [N] int64
+    ignore: Tensor          # [M, 4] crowds and regions to ignore, as boxes, where asked for
+    classes: Tensor         # [N] int64, the labels, where ``labels`` are all 0: of class-agnostic proposals
     orig_size: Tensor       # [2] int64 (height, width) of the file
     size: Tensor            # [2] int64 (height, width) as fed, before padding
 

@@ -19,6 +19,7 @@ from datasets.sampler import (
     TrainingBatches,
     TrainingSampler,
     padded_share,
+    repeat_factors,
 )
 from datasets.transforms import Preprocessing, ToTensor, make_transforms, resized, train_transforms
 from detr.nested_tensor import nested_tensor_from_tensor_list
@@ -499,3 +500,106 @@ def test_what_makes_no_batches_is_refused():
         with pytest.raises(ValueError, match=r"image 1 has size \(0, 1333\); height and width must be at least 1 pixel"):
             kind([(1, 1), (0, 1333), (3, 3)], 1)
     assert all_training([(7, 3)], 1) == all_evaluation([(7, 3)], 8) == [[[0]]]
+
+
+# Images with rare classes come several times.
+
+def test_repeat_factors_by_their_definition():
+    chance = random.Random(0)
+    labels = [[c for c in range(5) if chance.random() < (0.9, 0.3, 0.05, 0.02, 0.0)[c]] * chance.randint(1, 2)
+              for _ in range(300)]
+    labels[7] = [3, 0]
+    threshold = 0.2
+    frequency = {c: sum(c in image for image in labels) / 300 for c in range(4)}
+    expected = [max([1.0] + [math.sqrt(threshold / frequency[c]) for c in image]) for image in labels]
+    assert repeat_factors(labels, threshold).tolist() == pytest.approx(expected)
+    assert repeat_factors([torch.tensor(image, dtype=torch.int64) for image in labels], threshold).tolist() == \
+        pytest.approx(expected)
+    assert len(set(expected)) == 3 and expected[7] > 2.7 and min(map(len, labels)) == 0
+    assert repeat_factors(labels, min(frequency.values())).tolist() == [1.0] * 300       # no class is rarer than that
+    assert repeat_factors([[], []], 0.5).tolist() == [1, 1] and len(repeat_factors([], 0.5)) == 0
+    for wrong in (0, -1, 1.1):
+        with pytest.raises(ValueError, match=f"--repeat_threshold {wrong}: .*above 0 and at most 1"):
+            repeat_factors(labels, wrong)
+
+
+FACTORS = [1.0, 1.0, 1.25, 2.0, 2.7, 1.0, 3.6, 1.5]                                                         # 14.05
+
+
+def repeated(kind, seed=0, rank=0, world_size=1, factors=FACTORS):
+    if kind == "order":
+        return TrainingSampler(len(factors), rank, world_size, seed, factors)
+    return TrainingBatches([(40 + i, 50) for i in range(len(factors))], AS_THEY_ARE, 2, rank, world_size, seed, factors)
+
+
+def seen(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return [i for item in sampler for i in ([draw.image for draw in item] if isinstance(item, list) else [item])]
+
+
+@pytest.mark.parametrize("kind", ["order", "batches"])
+def test_images_come_as_often_as_their_factor_says(kind):
+    """Rounded down or up, never further, in every epoch; the factor on average; and as many images in each epoch."""
+    epochs, counts = 600, Counter()
+    sampler = repeated(kind)
+    for epoch in range(epochs):
+        images = Counter(seen(sampler, epoch))
+        assert images.total() == len(sampler.order(torch.Generator().manual_seed(epoch))) == 14
+        assert all(images[i] <= math.ceil(factor) for i, factor in enumerate(FACTORS))
+        short = sum(max(0, math.floor(factor) - images[i]) for i, factor in enumerate(FACTORS))
+        assert short <= 1                                                           # the one too many, which is left out
+        counts += images
+    share = 14 / sum(FACTORS)                                                       # and so are as many of all
+    for i, factor in enumerate(FACTORS):
+        assert counts[i] / epochs == pytest.approx(share * factor, abs=4 * 0.5 / math.sqrt(epochs)), i
+    assert len(sampler) == (14 if kind == "order" else 7)
+
+
+@pytest.mark.parametrize("kind", ["order", "batches"])
+def test_repeats_follow_from_seed_and_epoch(kind):
+    orders = {(seed, epoch): tuple(seen(repeated(kind, seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9
+    assert tuple(seen(repeated(kind, 2), 1)) == orders[2, 1]
+    sampler = repeated(kind, 2)
+    assert list(sampler) == list(sampler)
+
+
+@pytest.mark.parametrize("kind", ["order", "batches"])
+def test_processes_share_the_repeats(kind):
+    for epoch in range(5):
+        whole = seen(repeated(kind), epoch)
+        for world_size in (2, 3):
+            parts = [seen(repeated(kind, rank=rank, world_size=world_size), epoch) for rank in range(world_size)]
+            assert len({len(part) for part in parts}) == 1
+            together = Counter(sum(parts, []))
+            assert together <= Counter(whole) and together.total() > 14 - world_size * 2
+
+
+def test_a_repeated_image_is_augmented_anew():
+    sampler = repeated("batches")
+    draws = [draw for batch in sampler for draw in batch]
+    assert len({draw.seed for draw in draws}) == len(draws) == 14 > len({draw.image for draw in draws})
+
+
+def test_factors_of_one_are_no_repeats():
+    for epoch in range(3):
+        for kind in ("order", "batches"):
+            assert sorted(seen(repeated(kind, factors=[1.0] * 6), epoch)) == list(range(6))
+
+
+def test_awkward_factors_still_fill_every_epoch(monkeypatch):
+    """Sums in different orders differ in their last digits; an epoch never lacks an image for it."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=torch.float64))
+    chance = random.Random(0)
+    for _ in range(30):
+        factors = [1 + chance.randrange(10) / 10 for _ in range(30)]
+        factors[0] += -sum(round(10 * factor) for factor in factors) % 10 / 10                      # to a whole sum
+        sampler = TrainingSampler(30, repeats=factors)
+        for epoch in range(3):
+            assert len(seen(sampler, epoch)) == len(sampler) == int(torch.tensor(factors, dtype=torch.float64).sum())
+
+
+@pytest.mark.parametrize("factors", [[1.0], [1.0, 0.5], [1.0, float("nan")]])
+def test_what_are_no_factors_is_refused(factors):
+    with pytest.raises(ValueError, match="repeats .* for 2 images: a factor of at least 1 is needed for each"):
+        TrainingSampler(2, repeats=factors)

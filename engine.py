@@ -138,17 +138,20 @@ def post_process(postprocessors: Mapping[str, nn.Module], outputs: Outputs,
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Batch], length: int,
                     optimizer: torch.optim.Optimizer, schedule: Any, device: torch.device, epoch: int, *,
-                    max_norm: float = 0.0, amp: str = "off", after_step: Callable[[], None] | None = None,
-                    progress: Progress | None = None) -> dict[str, float]:
+                    max_norm: float = 0.0, amp: str = "off", held: Sequence[nn.Module] = (),
+                    after_step: Callable[[], None] | None = None, progress: Progress | None = None) -> dict[str, float]:
     """One pass over the ``length`` batches of ``loader``; returns the averages of the losses over it and all processes.
 
     ``schedule`` is a learning rate scheduler that steps with the optimizer. Gradients longer than ``max_norm`` are
     shortened to it (0: left). With ``amp="bf16"`` the model runs in bfloat16 where autocast finds that safe; the
-    criterion always runs in float32. ``after_step`` is called after each step (a weight average, say).
+    criterion always runs in float32. ``held`` modules, frozen parts, work as in evaluation. ``after_step`` is called
+    after each step (a weight average, say).
     Raises ``NonFiniteError`` naming loss, images and step when something is no number.
     """
     model.train()
     criterion.train()
+    for module in held:
+        module.eval()
     progress = progress or Progress(f"epoch {epoch}")
     takes_targets = getattr(getattr(model, "module", model), "takes_targets", False)    # DistributedDataParallel's, too
     batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr", "padded"))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,14 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader
 
-from datasets import build_dataset, build_evaluators, collate
+from datasets import build_dataset, build_evaluators, collate, published_classes
+from datasets.augment import Mosaic, labels_of
+from datasets.check import check
 from datasets.drawn import Drawn
-from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler
+from datasets.formats import recognise
+from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler, repeat_factors
+from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
+    describe,
     eval_transforms,
     make_transforms,
     normalisation,
@@ -47,8 +54,10 @@ from detr.backbone import (
 from detr.config import DataConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
+from detr.finetune import adapt, counts, detector, freeze, layout, query_usage, table
+from detr.losses import balanced_weights
 from detr.presets import ARCHITECTURES, PRESETS
-from detr.settings import Settings, decide
+from detr.settings import Settings, class_table, decide
 from detr.structures import Category, NonFiniteError
 from engine import Progress, duration, evaluate, post_process, train_one_epoch
 
@@ -153,14 +162,24 @@ def choose_precision(amp: str, device: torch.device) -> str:
     return "bf16" if fast else "off"
 
 
-def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, dict]:
-    """Model, criterion and post-processing, the model with its first weights: those of ``--resume``, or ImageNet's in
-    the backbone, or random ones where the user or the preset says so."""
+def build(settings: Settings, validation: Any, training: Any,
+          preprocessing: Preprocessing) -> tuple[nn.Module, nn.Module, dict]:
+    """Model, criterion and post-processing, the model with its first weights: those of ``--resume``, what fits of
+    ``--finetune``, ImageNet's in the backbone, or random ones where the user or the preset says so."""
+    num_classes = validation.num_classes
     model, criterion, postprocessors = settings.model.build(num_classes)
+    if training is not None and settings.train.class_weights == "auto":
+        objects = torch.cat(list(training.labels_of_images())).bincount(minlength=num_classes)
+        weights = balanced_weights(objects)
+        criterion.weigh_classes(weights)
+        say("class weights: " + ", ".join(f"{category.name} {weights[category.label]:.2f}"
+                                          for category in training.categories if objects[category.label]))
     resumed, run, backbone = settings.resumed, settings.run, settings.model.backbone
     if resumed is not None:
         checkpoint.load_model(model, resumed["model"], run.resume)
         say(f"weights: {run.resume}")
+    elif settings.begun is not None:
+        begin(settings, model, training, preprocessing)
     elif settings.frozen is not None:
         source = settings.model.frozen_weights                                                  # type: ignore[attr-defined]
         checkpoint.load_model(model.detr, settings.frozen["model"], source)
@@ -187,6 +206,34 @@ def build(settings: Settings, num_classes: int) -> tuple[nn.Module, nn.Module, d
         say(f"backbone weights: {source}; {fixed(backbone_of(model), settings.model.lr_backbone)}")
         checkpoint.load_backbone(body_of(model), weights, source)
     return model, criterion, postprocessors
+
+
+USAGE = 64                      # training images by which queries are chosen where there are to be fewer
+
+
+def begin(settings: Settings, model: nn.Module, training: Any, preprocessing: Preprocessing) -> None:
+    """The weights of ``--finetune`` that fit ``model``; says of each tensor what became of it."""
+    source, content, train = settings.run.finetune, settings.begun, settings.train
+
+    def built(num_classes: int, num_queries: int) -> nn.Module:
+        return config.replace(settings.model, {"num_queries": num_queries}).build(num_classes)[0]
+
+    shape = layout(built)
+    before = counts(shape, content["model"], source)
+    usage = None
+    if before.queries is not None and settings.model.num_queries < before.queries:
+        seen = copy.copy(training)
+        seen.transforms = eval_transforms(preprocessing)
+        images = range(0, len(seen), max(1, len(seen) // USAGE))[:USAGE]
+        usage = query_usage(detector(built, shape, content["model"], source),
+                            (collate([seen[i]]) for i in images), before.classes)
+        say(f"usage of {source}'s {before.queries} queries: measured on {len(images)} training images")
+    old = class_table(content) or published_classes(before.classes)
+    adapted = adapt(shape, model, content["model"], old, training.categories, source, usage=usage, seed=train.seed)
+    checkpoint.load_model(model, adapted.state_dict, source)
+    say(f"weights: {source}, fine-tuned\n{table(adapted.rows)}")
+    for note in adapted.notes:
+        say(note)
 
 
 def fixed(backbone: Backbone, lr_backbone: float) -> str:
@@ -263,55 +310,37 @@ def output_folder(settings: Settings) -> Path | None:
     return folder
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run what the flags say; returns the last evaluation's results."""
+def main(args: argparse.Namespace, data: tuple[Any, Any] | None = None) -> dict[str, Any]:
+    """Run what the flags say; returns the last evaluation's results. ``data``: training and validation data sets from
+    Python (``datasets.from_dataset``), instead of a folder's."""
     device_name = choose_device(args.device, "device" in getattr(args, "typed", ()))
     process = distributed.init(device_name, args.dist_url)                 # first, so that one process alone prints
     try:
         settings = settle(args)
         if process.device.type == "cpu" and "num_workers" not in config.typed_flags(args, [RunConfig]):
             settings = without_workers(settings)
-        return run(settings, process.device)
+        return run(settings, process.device, data)
     finally:
         distributed.close()
 
 
-def run(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Data, model, and then evaluation or training."""
+def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None = None) -> dict[str, Any]:
+    """Data, model, and then evaluation or training. ``given``: see ``main``."""
     train, data = settings.train, settings.data
     world = distributed.world_size()
     missing = " (no cuda found)" if device.type != "cuda" and settings.run.device == "cuda" else ""
-    say(f"model: {settings.name}; padding: {settings.model.padding}; data: {data.coco_path or 'synthetic'}; "
-        f"device: {device}{missing}; "
+    say(f"model: {settings.name}; padding: {settings.model.padding}; "
+        f"data: {'from Python' if given else data.data or data.coco_path or 'synthetic'}; device: {device}{missing}; "
         f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
         f"{train.batch_size * world}")
     if settings.note:
         say(settings.note)
-    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
-    synthetic = synthetic_panoptic if panoptic else synthetic_data
-    if data.coco_path is None and distributed.is_main():
-        synthetic()                                                 # made by one process, for all
-    distributed.barrier()
-    coco_path, panoptic_path = data.coco_path or synthetic(), data.coco_panoptic_path
-    if panoptic and data.coco_path is None and panoptic_path is None:
-        panoptic_path = os.fspath(coco_path)
-    size = config.parse_size(data.image_size)
-    channels = settings.model.in_channels
-    mean, std = normalisation(*(statistics(settings.model.backbone) or (IMAGENET_MEAN, IMAGENET_STD)), channels)
-    preprocessing = Preprocessing(size, data.max_size, mean, std)
-
-    def dataset(split: str, categories: list[Category] | None) -> Any:
-        transforms = make_transforms(split, preprocessing, scales=None if data.multi_scale else (size,),
-                                     least_scale=data.least_scale, crop=data.random_crop)
-        return build_dataset(split, coco_path, data.dataset_file, coco_panoptic_path=panoptic_path,
-                             transforms=transforms, return_masks=masks, categories=categories,
-                             cache_mode=data.cache_mode and not settings.run.eval, channels=channels)
-
-    training = None if settings.run.eval else dataset("train", settings.categories)
-    validation = dataset("val", training.categories if training else settings.categories)
+    training, validation, preprocessing = given_data(settings, *given) if given else load_data(settings)
     torch.manual_seed(train.seed)
-    model, criterion, postprocessors = build(settings, validation.num_classes)
+    model, criterion, postprocessors = build(settings, validation, training, preprocessing)
+    held = freeze_parts(model, train.freeze)
     model, criterion = model.to(device), criterion.to(device)
+    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
     if masks:
         postprocessors["segm"].rle = True                           # what is scored and saved; small
     if masks and panoptic:
@@ -321,7 +350,7 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
     if paths := {choose_path(device, module.path) for module in model.modules() if isinstance(module, MSDeformAttn)}:
         say(f"deformable attention: the {' and the '.join(sorted(paths))} path")
     only = body_of(model).only
-    if only is not None and size != only:
+    if only is not None and preprocessing.size != only:
         raise ValueError(f"--backbone {settings.model.backbone} takes images of {only[0]} x {only[1]} alone: give "
                          f"--image_size {only[0]}x{only[1]}, or use a backbone for any size")
     inexact = backbone_of(model).inexact
@@ -339,7 +368,99 @@ def run(settings: Settings, device: torch.device) -> dict[str, Any]:
         say("saved: " + ", ".join(str(folder / file) for file in files) if folder else
             "nothing was saved; --output_dir DIR would keep the predictions as json")
         return results
-    return fit(settings, training, model, criterion, judge, preprocessing, folder, device)
+    names = {category.label: category.name for category in training.categories}
+    steps = training.describe(names) if settings.data.mosaic else describe(training.transforms, names)
+    say("augmentation: " + "; ".join(steps))
+    if settings.run.show_batch and distributed.is_main():
+        pictures = sheet(training, preprocessing, names, visualize.draw_detections, visualize.side_by_side)
+        pictures.save(folder / "batch.png")
+        say(f"picture of the training images: {folder / 'batch.png'}")
+    return fit(settings, training, model, criterion, judge, preprocessing, folder, device, held)
+
+
+# Data.
+
+def load_data(settings: Settings) -> tuple[Any, Any, Preprocessing]:
+    """Training data (None with ``--eval``), validation data, and how images become the model's input. Where there is a
+    training, the data is looked through first."""
+    data, evaluated = settings.data, settings.run.eval
+    masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
+    coco_path, panoptic_path = data.coco_path, data.coco_panoptic_path
+    if data.data is None and coco_path is None:
+        synthetic = synthetic_panoptic if panoptic else synthetic_data
+        if distributed.is_main():
+            synthetic()                                             # made by one process, for all
+        distributed.barrier()
+        coco_path = os.fspath(synthetic())
+        panoptic_path = panoptic_path or (coco_path if panoptic else None)
+    elif not (evaluated or panoptic) and distributed.is_main() and (data.data or os.path.isdir(coco_path)):
+        check_data(settings)
+    distributed.barrier()
+    preprocessing, ignore = preprocessing_of(settings), data.ignore_regions == "on" and not panoptic
+
+    def dataset(split: str, categories: list[Category] | None) -> Any:
+        return build_dataset(split, coco_path, data.dataset_file, data=data.data, coco_panoptic_path=panoptic_path,
+                             return_masks=masks, categories=categories, cache_mode=data.cache_mode and not evaluated,
+                             channels=settings.model.in_channels, ignore_regions=ignore and split == "train",
+                             remove_difficult=data.remove_difficult)
+
+    training = None if evaluated else dataset("train", settings.categories)
+    validation = dataset("val", training.categories if training else settings.categories)
+    return *with_transforms(settings, preprocessing, training, validation), preprocessing
+
+
+def given_data(settings: Settings, training: Any, validation: Any) -> tuple[Any, Any, Preprocessing]:
+    """The same for data sets from Python."""
+    for flag in ("data", "coco_path"):
+        if getattr(settings.data, flag) is not None:
+            raise ValueError(f"--{flag} and data sets from Python are two places of data; choose one")
+    preprocessing = preprocessing_of(settings)
+    training = None if settings.run.eval else training
+    return *with_transforms(settings, preprocessing, training, validation), preprocessing
+
+
+def preprocessing_of(settings: Settings) -> Preprocessing:
+    """How images become the model's input in evaluation."""
+    mean_std = statistics(settings.model.backbone) or (IMAGENET_MEAN, IMAGENET_STD)
+    return Preprocessing(config.parse_size(settings.data.image_size), settings.data.max_size,
+                         *normalisation(*mean_std, settings.model.in_channels))
+
+
+def with_transforms(settings: Settings, preprocessing: Preprocessing, training: Any, validation: Any) -> tuple[Any, Any]:
+    """The data sets with the transforms that the settings ask for; those that were given stay as they are."""
+    data = settings.data
+    validation = copy.copy(validation)
+    validation.transforms = make_transforms("val", preprocessing)
+    if training is None:
+        return None, validation
+    transforms = make_transforms(
+        "train", preprocessing, scales=None if data.multi_scale else (preprocessing.size,), least_scale=data.least_scale,
+        flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter,
+        scale_jitter=data.scale_jitter,
+        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"))
+    training = copy.copy(training)
+    training.transforms = None if data.mosaic else transforms
+    return Mosaic(training, transforms, data.mosaic) if data.mosaic else training, validation
+
+
+def check_data(settings: Settings) -> None:
+    """Look through the data and say in brief what is wrong with it. Raises ValueError where training must not begin."""
+    model, data = settings.model, settings.data
+    found = recognise(data.data or data.coco_path)
+    used = found._replace(splits={split: part for split, part in found.splits.items() if split in ("train", "val")})
+    report = check(used, model.num_queries, masks=getattr(model, "masks", False), channels=model.in_channels)
+    if report.stops:
+        raise ValueError(f"{report.brief()}\npython scripts/check_data.py {data.data or data.coco_path} shows all of it")
+    say(report.brief())
+
+
+def freeze_parts(model: nn.Module, parts: str) -> list[nn.Module]:
+    """``--freeze``: returns the modules that are to work as in evaluation."""
+    if not parts:
+        return []
+    frozen = freeze(model, [parts])
+    say(f"frozen: {parts}: {len(frozen.names)} parameter tensors stay as they are, and the statistics with them")
+    return frozen.modules
 
 
 class Judge:
@@ -393,15 +514,22 @@ def seed_epoch(seed: int, epoch: int) -> None:
 
 
 def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module, judge: Judge,
-        preprocessing: Preprocessing, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Train epoch by epoch; after each, evaluate, log and save."""
+        preprocessing: Preprocessing, folder: Path, device: torch.device,
+        held: Sequence[nn.Module] = ()) -> dict[str, Any]:
+    """Train epoch by epoch; after each, evaluate, log and save. ``held`` are frozen parts."""
     train = settings.train
     process = distributed.rank(), distributed.world_size()
+    repeats = None
+    if settings.data.repeat_threshold:
+        repeats = repeat_factors(training.labels_of_images(), settings.data.repeat_threshold)
+        say(f"repeated images: {int((repeats > 1).sum())} of {len(repeats)} have a rare class; an epoch has "
+            f"{int(repeats.sum())} images")
     if settings.data.bucket_train:
-        sampler: Any = TrainingBatches(training.sizes, training.transforms, train.batch_size, *process, train.seed)
+        sampler: Any = TrainingBatches(training.sizes, training.transforms, train.batch_size, *process, train.seed,
+                                       repeats)
         loader = data_loader(Drawn(training), sampler, settings, device, training=True)
     else:
-        sampler = TrainingSampler(len(training), *process, train.seed)
+        sampler = TrainingSampler(len(training), *process, train.seed, repeats)
         loader = data_loader(training, BatchSampler(sampler, train.batch_size, drop_last=True), settings, device,
                              training=True)
     if len(loader) == 0:
@@ -424,7 +552,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
         seed_epoch(train.seed, epoch)
         progress = Progress(f"epoch {epoch}", settings.run.print_every, train.epochs - 1 - epoch)
         averages = train_one_epoch(wrapped, criterion, loader, len(loader), optimizer, schedule, device, epoch,
-                                   max_norm=train.clip_max_norm, amp=amp,
+                                   max_norm=train.clip_max_norm, amp=amp, held=held,
                                    after_step=ema and (lambda: ema.update_parameters(model)), progress=progress)
         last = epoch + 1 == train.epochs
         scored = ema.module if ema else model

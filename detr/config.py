@@ -103,6 +103,10 @@ class TrainConfig:
     warmup_steps: int = flag(0, "optimizer steps over which the learning rates rise from zero", least=0)
     clip_max_norm: float = flag(0.1, "largest gradient norm; larger gradients are scaled down, 0 leaves them")
     ema_decay: float = flag(0.0, "evaluate and save an exponential moving average of the weights too; 0 keeps none")
+    class_weights: str = flag("off", "'auto': classes with few objects count more in the class loss, by the inverse "
+                              "square root of their numbers", ("off", "auto"))
+    freeze: str = flag("", "parts of the model that stay as they are, with commas between: backbone, encoder, decoder, "
+                       "queries, class_heads, box_heads, or the beginning of parameters' names")
     amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32. 'auto' is "
                     "'bf16' where the processor has it, said at start", ("off", "bf16", "auto"))
     seed: int = flag(42, "seed of weights, augmentation and order")
@@ -112,15 +116,30 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What a model is trained and evaluated on, and how images become its input."""
+    data: str | None = flag(None, "your data: a folder or file in COCO's, YOLO's or Pascal VOC's format or a CSV of "
+                            "boxes; which is recognised")
     dataset_file: str = flag("coco", "kind of data: 'coco' is COCO 2017 or anything in its layout")
     coco_path: str | None = flag(None, "folder with train2017/, val2017/ and annotations/; without it, synthetic data")
     coco_panoptic_path: str | None = flag(None, "folder of the panoptic annotations")
     remove_difficult: bool = flag(False, "leave out objects marked as difficult (VOC)")
+    ignore_regions: str = flag("off", "'on': a query that lies in a crowd or an ignore region and has no object is not "
+                               "told that there is none", ("on", "off"))
     image_size: str = flag("800", "short side of images, or HEIGHTxWIDTH to bring all to one size")
     max_size: int = flag(1333, "limit of the long side")
     multi_scale: bool = flag(True, "training draws the short side from --least_scale to 1 times --image_size")
     least_scale: float = flag(0.6, "least short side that training draws, as a part of --image_size", least=0.01)
     random_crop: bool = flag(True, "crop half of the training images at random")
+    aug: str = flag("published", "augmentation of the training: 'published', as --multi_scale, --random_crop, --flip and "
+                    "so on say; 'none' is exactly what evaluation does", ("published", "none"))
+    flip: bool = flag(True, "mirror half of the training images")
+    no_flip_classes: tuple[str, ...] | None = flag(None, "classes whose left and right differ: images with one of them "
+                                                   "are never mirrored")
+    color_jitter: float = flag(0.0, "strength of random brightness, contrast, saturation and hue, such as 0.4", least=0)
+    scale_jitter: tuple[float, ...] | None = flag(None, "least and greatest factor that training images are resized by, "
+                                                  "such as 0.5 2, instead of --multi_scale and --random_crop", least=0.01)
+    mosaic: float = flag(0.0, "share of training images that are put together from four, 0 to 1", least=0)
+    repeat_threshold: float = flag(0.0, "classes on a smaller share of the images than this, such as 0.05, have their "
+                                "images repeated in an epoch; 0: none", least=0)
     bucket_train: bool = flag(False, "batches of images alike in shape in training, which need less padding")
     bucket_eval: bool = flag(True, "the same in evaluation; without it, batches are in the order of the files")
     cache_mode: bool = flag(False, "keep all image files in memory, each process its own copy; they are still decoded "
@@ -133,6 +152,10 @@ class RunConfig:
     device: str = flag("cuda", "'cuda', 'cpu', 'mps'; where there is no cuda, the cpu, said in the first lines")
     output_dir: str = flag("", "folder for checkpoints, log.txt and pictures; empty: a new one below outputs/")
     resume: str = flag("", "checkpoint, path or URL, to go on from, or to evaluate")
+    finetune: str = flag("", "checkpoint, path or URL, to begin from with your own classes: all but what has a row for "
+                         "each class is kept, and of that classes of the same name")
+    show_batch: bool = flag(False, "draw the first training images before and after augmentation, as batch.png in the "
+                            "output folder")
     start_epoch: int = flag(0, "epoch to begin with; --resume sets it")
     eval: bool = flag(False, "evaluate and stop")
     backbone_weights: str | None = flag(None, "file with ImageNet weights of the backbone")

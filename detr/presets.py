@@ -68,7 +68,7 @@ PRESETS: dict[str, Preset] = {
                            dropout=0.0, num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
-        DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
+        DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")),
     "tiny_deformable_detr": Preset(
         DeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
                              padding="exact", with_box_refine=True, two_stage=True, query_content="token",
@@ -76,5 +76,5 @@ PRESETS: dict[str, Preset] = {
                              nheads=4, dropout=0.0, num_queries=30, lr_linear_proj_mult=1.0),
         TrainConfig(lr=2e-3, batch_size=16, epochs=13, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4),
-        DataConfig(image_size="160x160", multi_scale=False, random_crop=False)),
+        DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")),
 }

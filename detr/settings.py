@@ -27,7 +27,8 @@ class Settings:
     run: RunConfig
     resumed: dict[str, Any] | None              # the checkpoint of --resume
     frozen: dict[str, Any] | None               # that of --frozen_weights, where nothing is resumed
-    categories: list[Category] | None           # the class table of either
+    begun: dict[str, Any] | None                # that of --finetune
+    categories: list[Category] | None           # the class table of the first or the second
     note: str = ""                              # what else to say at start
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,7 +44,10 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
     resume = typed.get("resume", "")
     resumed = checkpoint.load(resume) if resume else None
     frozen = checkpoint.load(typed["frozen_weights"]) if typed.get("frozen_weights") and resumed is None else None
-    known, source = (frozen, typed["frozen_weights"]) if frozen is not None else (resumed, resume)
+    refuse_two_beginnings(typed)
+    begun = checkpoint.load(typed["finetune"]) if typed.get("finetune") else None
+    known, source = next(((content, typed[flag]) for content, flag in ((frozen, "frozen_weights"), (begun, "finetune"))
+                          if content is not None), (resumed, resume))
     remembered = (known or {}).get("config", {})
     if not isinstance(remembered, dict) or "name" not in remembered:            # of another program
         remembered = {}
@@ -51,20 +55,25 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
     if name is None and known is not None:
         name = name_by_shapes(known["model"], source)
     if name is None:
-        name = "detr_resnet50" if typed.get("coco_path") else "tiny_deformable_detr"
+        name = "detr_resnet50" if typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
     if name not in PRESETS:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
-    parts: dict[str, Any] = {"model": preset.model, "train": preset.train, "data": preset.data, "run": RunConfig()}
+    recipe = fine_tuning(preset.train) if begun is not None else preset.train
+    parts: dict[str, Any] = {"model": preset.model, "train": recipe, "data": preset.data, "run": RunConfig()}
     allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
     for flag in typed:
         if flag not in allowed:
             raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
     for part, base in parts.items():
         fields = {field.name for field in dataclasses.fields(base)}
-        before = {} if frozen is not None and part == "train" else remembered.get(part, {})     # a training of its own
+        before = remembered.get(part, {})
+        if resumed is None and part == "train":
+            before = {}                                                 # a training of its own
+        if begun is not None and part == "data":
+            before = {k: v for k, v in before.items() if k not in PLACES}
         old = config.with_tuples({k: v for k, v in before.items() if k in fields})
         if strange := sorted(set(before) - fields):
             say(f"{source}: its settings {', '.join(strange)} are unknown to this version and have no effect")
@@ -79,9 +88,31 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
             old["padding"] = "legacy"                                   # all there was when that checkpoint was written
         parts[part] = config.replace(base, old | new)
     parts["model"] = fitting_norm(parts["model"], typed)
-    settings = Settings(name, resumed=resumed, frozen=frozen, categories=class_table(known), **parts)
+    settings = Settings(name, resumed=resumed, frozen=frozen, begun=begun,
+                        categories=class_table(known) if begun is None else None, **parts)
     refuse_what_is_not_there(settings, typed)
     return settings
+
+
+# What of a data configuration says where data is, and not how images become a model's input.
+PLACES = ("data", "dataset_file", "coco_path", "coco_panoptic_path", "remove_difficult", "no_flip_classes", "cache_mode")
+
+
+def fine_tuning(recipe: TrainConfig) -> TrainConfig:
+    """A preset's recipe for weights that have learnt before: half the learning rate, which rises over a hundred steps and
+    falls to zero by epoch 50."""
+    return dataclasses.replace(recipe, lr=recipe.lr / 2, lr_schedule="cosine", warmup_steps=100,
+                               epochs=min(recipe.epochs, 50))
+
+
+def refuse_two_beginnings(typed: dict[str, Any]) -> None:
+    """ValueError where weights would have to come from two places."""
+    for flag in ("resume", "frozen_weights", "backbone_weights", "pretrained_backbone", "from_scratch"):
+        if typed.get("finetune") and typed.get(flag):
+            raise ValueError(f"--finetune and --{flag} are two places for weights to come from; choose one"
+                             + (": a fine-tuning goes on with --resume alone" if flag == "resume" else ""))
+    if typed.get("finetune") and typed.get("eval"):
+        raise ValueError("--finetune begins a training; to evaluate a checkpoint, --eval --resume it")
 
 
 def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
@@ -128,11 +159,17 @@ def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> i
 def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
     """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
     model, data, run = settings.model, settings.data, settings.run
-    if data.remove_difficult:
-        raise ValueError("--remove_difficult is about Pascal VOC; COCO's annotations mark nothing as difficult")
-    if data.coco_path is None and model.in_channels not in (1, 3):
+    if data.data is not None and data.coco_path is not None:
+        raise ValueError("--data and --coco_path are two places of data; choose one (--data knows COCO's layout too)")
+    if data.data is not None and data.dataset_file != "coco":
+        raise ValueError(f"--data is for boxes and masks of objects; --dataset_file {data.dataset_file} has its data "
+                         f"below --coco_path")
+    if data.remove_difficult and data.data is None:
+        raise ValueError("--remove_difficult is about Pascal VOC, which --data names; COCO's annotations mark nothing as "
+                         "difficult")
+    if data.coco_path is None and data.data is None and model.in_channels not in (1, 3):
         raise ValueError(f"--in_channels {model.in_channels}: the synthetic data are pictures; name data with so many "
-                         f"channels with --coco_path")
+                         f"channels with --coco_path or --data")
     refuse_drops(settings.train, typed)
     refuse_other_optimizer(settings)
     for flag, useless, why in without_effect(settings):
@@ -202,6 +239,16 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("least_scale", not data.multi_scale, "with --no_multi_scale"),
             *[(flag, exact, "where --image_size is exact: nothing is padded")
               for flag in ("bucket_train", "bucket_eval")],
+            *[(flag, data.aug == "none", "with --aug none")
+              for flag in ("flip", "no_flip_classes", "color_jitter", "scale_jitter", "mosaic", "multi_scale",
+                           "least_scale", "random_crop")],
+            *[(flag, run.eval, "with --eval")
+              for flag in ("aug", "flip", "no_flip_classes", "color_jitter", "scale_jitter", "mosaic",
+                           "repeat_threshold", "show_batch", "class_weights", "freeze", "ignore_regions")],
+            *[(flag, data.scale_jitter is not None, "with --scale_jitter, which takes its place")
+              for flag in ("multi_scale", "least_scale", "random_crop")],
+            ("no_flip_classes", not data.flip, "with --no_flip"),
+            ("ignore_regions", panoptic, "with --dataset_file coco_panoptic, in which every segment is an object"),
             ("frozen_stages", settings.model.from_scratch, "with --from_scratch, which trains the whole backbone"),
             ("frozen_stages", run.eval, "with --eval"), ("bucket_train", run.eval, "with --eval"),
             *[(flag, not masks, "without --masks") for flag in ("mask_loss_coef", "dice_loss_coef")],

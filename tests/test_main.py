@@ -68,6 +68,10 @@ NEW = [
     ("lr_linear_proj_names", tuple[str, ...], ("reference_points", "sampling_offsets")),
     ("lr_linear_proj_mult", float, 0.1),
     ("tensorboard", bool, False), ("print_every", float, 10.0),
+    ("data", str, None), ("finetune", str, ""), ("freeze", str, ""), ("show_batch", bool, False),
+    ("ignore_regions", str, "off"), ("class_weights", str, "off"), ("repeat_threshold", float, 0.0),
+    ("aug", str, "published"), ("flip", bool, True), ("no_flip_classes", tuple[str, ...], None),
+    ("color_jitter", float, 0.0), ("scale_jitter", tuple[float, ...], None), ("mosaic", float, 0.0),
 ]
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
          "--num_queries 10 --image_size 64 --max_size 224 --batch_size 4 --num_workers 0 --device cpu --amp off "
@@ -563,7 +567,7 @@ def test_validation_data_of_other_classes(copy):
     content["categories"][1]["name"] = "green"
     write_annotations(copy, "val", content)
     message = refused(f"--coco_path {copy}", ValueError)
-    assert "categories 7 'green' are not in the class table to be used, which has 3 'red', 7 'blue'" in message
+    assert "val: categories 7 'green' are not among" in message and "3 'red', 7 'blue'" in message
 
 
 def test_boxes_without_size_are_counted_and_left_out(copy):
@@ -821,7 +825,7 @@ def test_default_data_and_model(monkeypatch, tmp_path):
     (2, 2, "", 0), (2, 2, "--num_workers 2", 2), (2, 2, "--num_workers 1", 1), (2, 1, "", 2), (8, 8, "", 2)])
 def test_few_cores_read_images_between_steps(cores, threads, typed, workers, monkeypatch):
     seen = []
-    monkeypatch.setattr(main, "run", lambda settings, device: seen.append(settings))
+    monkeypatch.setattr(main, "run", lambda settings, device, data: seen.append(settings))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     main.main(parse(f"--model tiny_detr --device cpu {typed}"))
@@ -1048,7 +1052,7 @@ def test_three_groups_are_restored():
     model = Heads(3, layers=3)
 
     def made(train: TrainConfig, rates: tuple[float, ...]):
-        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None, None)
+        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None, None, None)
         groups = [{"params": [*head.parameters()], "lr": lr} for head, lr in zip(model.class_embed, rates)]
         return settings, main.make_optimizer(groups, train)
 

@@ -1052,7 +1052,8 @@ def test_three_groups_are_restored():
     model = Heads(3, layers=3)
 
     def made(train: TrainConfig, rates: tuple[float, ...]):
-        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed, None, None, None)
+        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed=resumed,
+                                 frozen=None, begun=None, categories=None)
         groups = [{"params": [*head.parameters()], "lr": lr} for head, lr in zip(model.class_embed, rates)]
         return settings, main.make_optimizer(groups, train)
 

@@ -48,15 +48,15 @@ VERSION = 1
 CHECKSUM = "dc1b56f79927d997277927cbdffc13c94bf981869ebecf94628e96e1a8abba7c"
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "synthetic"
 MARKER = "synthetic.json"
-PANOPTIC_CHECKSUM = "61e1dedae3a52be71f57effcd966647466f064f76ce5795b6b309c09bb4c0eea"
+PANOPTIC_CHECKSUM = "40820ce2fc8dcbdc05bcc601393c8fa70c7acc25ea252ca7b57284cf52ebcc34"
 PANOPTIC_MARKER = "synthetic_panoptic.json"
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)              # with gaps, so that whoever takes an id for a label is found out
-GROUNDS = ("sand", "grass", "water", "stone")     # reddish to yellow, green, blue, nearly grey
+GROUNDS = ("grass", "sand", "water", "stone")     # green, red to yellow, blue, nearly grey
 GROUND_IDS = (21, 34, 55, 89)
 COLOURS = ((228, 64, 64), (64, 108, 228), (64, 190, 84), (238, 176, 48), (158, 78, 208), (52, 196, 206),    # of shapes
-           (196, 168, 120), (132, 168, 104), (112, 144, 176), (152, 152, 152))                              # of grounds
+           (132, 168, 104), (196, 168, 120), (112, 144, 176), (152, 152, 152))                              # of grounds
 FIRST_ID = {"train": 100_001, "val": 200_001}   # image ids and file names
 SMALLEST = 11                                   # pixels, of a box side
 
@@ -186,7 +186,7 @@ def ground(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray,
     hue, saturation, value = dice.between(0, 6), dice.between(0.05, 0.45), dice.between(0.2, 0.9)
     step, turned = dice.between(0.08, 0.16) * (1 if value < 0.55 else -1), dice.between(-0.7, 0.7)
     colours = np.stack([rgb(hue, saturation, value), rgb(hue + turned, saturation, value + step)])
-    kind = 3 if saturation < 0.15 else int((hue + turned / 2 + 1) % 6 // 2)     # of the hue between the two colours
+    kind = 3 if saturation < 0.15 else (1, 0, 2)[int((hue + turned / 2 + 1) % 6 // 2)]      # by the hue in the middle
     slope = ramp(dice.whole(0, 359), height, width)
     slope = (slope - slope.min()) / (slope.max() - slope.min())
     clouds = value_noise(dice, dice.between(24, 64), height, width)

@@ -21,10 +21,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader
 
 from datasets import build_dataset, build_evaluators, collate, published_classes
+from datasets.annotations import few
 from datasets.augment import Mosaic, labels_of
 from datasets.check import check
+from datasets.coco import CocoDetection
 from datasets.drawn import Drawn
-from datasets.formats import recognise
+from datasets.formats import coco_layout, recognise
 from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler, repeat_factors
 from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
@@ -120,10 +122,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settle(args: argparse.Namespace) -> Settings:
-    """Flags -> settings; says what it chose. Raises ValueError for what the chosen model does not have."""
+def settle(args: argparse.Namespace, given: tuple[Any, Any] | None = None) -> Settings:
+    """Flags -> settings; says what it chose. ``given``: data sets from Python, see ``main``. Raises ValueError for what
+    the chosen model does not have."""
     typed = config.typed_flags(args, [TrainConfig, DataConfig, RunConfig, *ARCHITECTURES])
-    return decide(typed, args.model)
+    settings = decide(typed, args.model, given is not None)
+    return settings if given is None else fitting(settings, typed, *given)
 
 
 def choose_device(wanted: str, typed: bool) -> str:
@@ -162,10 +166,11 @@ def choose_precision(amp: str, device: torch.device) -> str:
     return "bf16" if fast else "off"
 
 
-def build(settings: Settings, validation: Any, training: Any,
-          preprocessing: Preprocessing) -> tuple[nn.Module, nn.Module, dict]:
+def build(settings: Settings, validation: Any, training: Any, preprocessing: Preprocessing,
+          device: torch.device) -> tuple[nn.Module, nn.Module, dict]:
     """Model, criterion and post-processing, the model with its first weights: those of ``--resume``, what fits of
-    ``--finetune``, ImageNet's in the backbone, or random ones where the user or the preset says so."""
+    ``--finetune``, ImageNet's in the backbone, or random ones where the user or the preset says so. They are on the CPU;
+    ``device`` is for what has to be computed first."""
     num_classes = validation.num_classes
     model, criterion, postprocessors = settings.model.build(num_classes)
     if training is not None and settings.train.class_weights == "auto":
@@ -179,7 +184,7 @@ def build(settings: Settings, validation: Any, training: Any,
         checkpoint.load_model(model, resumed["model"], run.resume)
         say(f"weights: {run.resume}")
     elif settings.begun is not None:
-        begin(settings, model, training, preprocessing)
+        begin(settings, model, training, preprocessing, device)
     elif settings.frozen is not None:
         source = settings.model.frozen_weights                                                  # type: ignore[attr-defined]
         checkpoint.load_model(model.detr, settings.frozen["model"], source)
@@ -211,7 +216,8 @@ def build(settings: Settings, validation: Any, training: Any,
 USAGE = 64                      # training images by which queries are chosen where there are to be fewer
 
 
-def begin(settings: Settings, model: nn.Module, training: Any, preprocessing: Preprocessing) -> None:
+def begin(settings: Settings, model: nn.Module, training: Any, preprocessing: Preprocessing,
+          device: torch.device) -> None:
     """The weights of ``--finetune`` that fit ``model``; says of each tensor what became of it."""
     source, content, train = settings.run.finetune, settings.begun, settings.train
 
@@ -222,10 +228,10 @@ def begin(settings: Settings, model: nn.Module, training: Any, preprocessing: Pr
     before = counts(shape, content["model"], source)
     usage = None
     if before.queries is not None and settings.model.num_queries < before.queries:
-        seen = copy.copy(training)
+        seen = copy.copy(training.dataset if isinstance(training, Mosaic) else training)
         seen.transforms = eval_transforms(preprocessing)
         images = range(0, len(seen), max(1, len(seen) // USAGE))[:USAGE]
-        usage = query_usage(detector(built, shape, content["model"], source),
+        usage = query_usage(detector(built, shape, content["model"], source).to(device),
                             (collate([seen[i]]) for i in images), before.classes)
         say(f"usage of {source}'s {before.queries} queries: measured on {len(images)} training images")
     old = class_table(content) or published_classes(before.classes)
@@ -316,7 +322,7 @@ def main(args: argparse.Namespace, data: tuple[Any, Any] | None = None) -> dict[
     device_name = choose_device(args.device, "device" in getattr(args, "typed", ()))
     process = distributed.init(device_name, args.dist_url)                 # first, so that one process alone prints
     try:
-        settings = settle(args)
+        settings = settle(args, data)
         if process.device.type == "cpu" and "num_workers" not in config.typed_flags(args, [RunConfig]):
             settings = without_workers(settings)
         return run(settings, process.device, data)
@@ -337,7 +343,7 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         say(settings.note)
     training, validation, preprocessing = given_data(settings, *given) if given else load_data(settings)
     torch.manual_seed(train.seed)
-    model, criterion, postprocessors = build(settings, validation, training, preprocessing)
+    model, criterion, postprocessors = build(settings, validation, training, preprocessing, device)
     held = freeze_parts(model, train.freeze)
     model, criterion = model.to(device), criterion.to(device)
     masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
@@ -369,8 +375,7 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
             "nothing was saved; --output_dir DIR would keep the predictions as json")
         return results
     names = {category.label: category.name for category in training.categories}
-    steps = training.describe(names) if settings.data.mosaic else describe(training.transforms, names)
-    say("augmentation: " + "; ".join(steps))
+    say("augmentation: " + "; ".join(describe(training, names)))
     if settings.run.show_batch and distributed.is_main():
         pictures = sheet(training, preprocessing, names, visualize.draw_detections, visualize.side_by_side)
         pictures.save(folder / "batch.png")
@@ -393,7 +398,7 @@ def load_data(settings: Settings) -> tuple[Any, Any, Preprocessing]:
         distributed.barrier()
         coco_path = os.fspath(synthetic())
         panoptic_path = panoptic_path or (coco_path if panoptic else None)
-    elif not (evaluated or panoptic) and distributed.is_main() and (data.data or os.path.isdir(coco_path)):
+    elif not (evaluated or panoptic) and distributed.is_main():
         check_data(settings)
     distributed.barrier()
     preprocessing, ignore = preprocessing_of(settings), data.ignore_regions == "on" and not panoptic
@@ -405,18 +410,51 @@ def load_data(settings: Settings) -> tuple[Any, Any, Preprocessing]:
                              remove_difficult=data.remove_difficult)
 
     training = None if evaluated else dataset("train", settings.categories)
-    validation = dataset("val", training.categories if training else settings.categories)
+    validation = dataset("val", settings.categories if training is None else training.categories)
     return *with_transforms(settings, preprocessing, training, validation), preprocessing
 
 
 def given_data(settings: Settings, training: Any, validation: Any) -> tuple[Any, Any, Preprocessing]:
     """The same for data sets from Python."""
-    for flag in ("data", "coco_path"):
-        if getattr(settings.data, flag) is not None:
-            raise ValueError(f"--{flag} and data sets from Python are two places of data; choose one")
     preprocessing = preprocessing_of(settings)
     training = None if settings.run.eval else training
     return *with_transforms(settings, preprocessing, training, validation), preprocessing
+
+
+def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation: Any) -> Settings:
+    """``settings`` for data sets from Python, which have been told by themselves what they are to give. Raises ValueError
+    where that contradicts what was typed, the model, or the checkpoint's classes."""
+    model, table = settings.model, settings.categories
+    regions = "off"
+    for name, dataset in (("training", training), ("validation", validation)):
+        if name == "training" and settings.run.eval:
+            continue
+        if not isinstance(dataset, CocoDetection):
+            raise TypeError(f"the {name} data is a {type(dataset).__name__}; give what datasets.from_dataset makes of it")
+        told = f"from_dataset(..., return_masks={getattr(model, 'masks', False)}, channels={model.in_channels})"
+        if dataset.channels != model.in_channels:
+            raise ValueError(f"the {name} data gives {dataset.channels} channels, and the model takes "
+                             f"{model.in_channels}: {told}, or --in_channels {dataset.channels}")
+        if getattr(model, "masks", False) and "masks" not in dataset.target(0):
+            raise ValueError(f"the {name} data gives no masks, which --masks needs: {told}")
+        if table is not None and list(dataset.categories) != list(table):
+            other = "; for other classes, --finetune it" if settings.run.resume else ""
+            raise ValueError(f"the {name} data has the classes {classes_in_words(dataset.categories)}, and "
+                             f"{settings.run.resume or 'the training data'} {classes_in_words(table)}: ids and names "
+                             f"have to be the same{other}")
+        table = dataset.categories
+        if name == "training":
+            regions = "on" if dataset.ignore_regions else "off"
+    if typed.get("ignore_regions", regions) != regions:
+        raise ValueError(f"--ignore_regions {typed['ignore_regions']}: data from Python is told so itself: "
+                         f"from_dataset(..., ignore_regions={typed['ignore_regions'] == 'on'})")
+    if regions == "off" and settings.data.ignore_regions == "on" and not settings.run.eval:
+        say("ignore regions: off; from_dataset(..., ignore_regions=True) gives them")
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, ignore_regions=regions))
+
+
+def classes_in_words(table: Sequence[Category]) -> str:
+    return few([f"{category.id} {category.name!r}" for category in table], 8)
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
@@ -429,28 +467,30 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
 def with_transforms(settings: Settings, preprocessing: Preprocessing, training: Any, validation: Any) -> tuple[Any, Any]:
     """The data sets with the transforms that the settings ask for; those that were given stay as they are."""
     data = settings.data
+    changed = data.aug != "none"                    # a checkpoint may remember what --aug none now switches off
     validation = copy.copy(validation)
     validation.transforms = make_transforms("val", preprocessing)
     if training is None:
         return None, validation
     transforms = make_transforms(
         "train", preprocessing, scales=None if data.multi_scale else (preprocessing.size,), least_scale=data.least_scale,
-        flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter,
-        scale_jitter=data.scale_jitter,
+        flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter if changed else 0.0,
+        scale_jitter=data.scale_jitter if changed else None,
         no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"))
-    training = copy.copy(training)
-    training.transforms = None if data.mosaic else transforms
-    return Mosaic(training, transforms, data.mosaic) if data.mosaic else training, validation
+    training, mosaic = copy.copy(training), data.mosaic if changed else 0.0
+    training.transforms = None if mosaic else transforms
+    return Mosaic(training, transforms, mosaic) if mosaic else training, validation
 
 
 def check_data(settings: Settings) -> None:
     """Look through the data and say in brief what is wrong with it. Raises ValueError where training must not begin."""
-    model, data = settings.model, settings.data
-    found = recognise(data.data or data.coco_path)
+    model, data, masks = settings.model, settings.data, getattr(settings.model, "masks", False)
+    found = recognise(data.data) if data.data else coco_layout(data.coco_path)
     used = found._replace(splits={split: part for split, part in found.splits.items() if split in ("train", "val")})
-    report = check(used, model.num_queries, masks=getattr(model, "masks", False), channels=model.in_channels)
+    report = check(used, model.num_queries, masks=masks, channels=model.in_channels)
     if report.stops:
-        raise ValueError(f"{report.brief()}\npython scripts/check_data.py {data.data or data.coco_path} shows all of it")
+        place = data.data or f"--coco_path {data.coco_path}"
+        raise ValueError(f"{report.brief()}\npython scripts/check_data.py {place}{' --masks' * masks} shows all of it")
     say(report.brief())
 
 
@@ -600,7 +640,7 @@ def restore(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimiz
         optimizer.load_state_dict(resumed["optimizer"])
     except ValueError as error:
         flags = [f"--{name}" for name in ("lr_backbone", "from_scratch", "lr_backbone_names", "lr_linear_proj_names")
-                 if hasattr(settings.model, name)]
+                 if hasattr(settings.model, name)] + ["--freeze"]
         raise ValueError(f"{run.resume}: its optimizer does not fit the parameters that train now ({error}); resume "
                          f"with the same {', '.join(flags)} as before") from None
     for group, (lr, weight_decay) in zip(optimizer.param_groups, wanted):

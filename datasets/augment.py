@@ -134,7 +134,8 @@ def labels_of(names: Iterable[str], categories: Sequence[Category], flag: str = 
     label = {category.name: category.label for category in categories}
     for name in names:
         if name not in label:
-            near = get_close_matches(name, label, n=1, cutoff=0.0)
-            raise ValueError(f"{flag} {name}: the data has no class of that name; did you mean {near[0]!r}?" if near else
-                             f"{flag} {name}: the data has no classes")
+            alike = {known.casefold(): known for known in label}
+            near = get_close_matches(name.casefold(), alike, n=1, cutoff=0.0)
+            hint = f" of that name; did you mean {alike[near[0]]!r}?" if near else ""
+            raise ValueError(f"{flag} {name}: the data has no class{hint or 'es'}")
     return tuple(label[name] for name in names)

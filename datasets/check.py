@@ -25,7 +25,8 @@ from datasets.split import IMAGE_SUFFIXES, Format, Split
 
 ACTIONS = {STOP: "training does not begin", SKIP: "left out of training", FIX: "mended in memory, the files stay as "
            "they are", NOTE: "used as it is"}
-ORDINARY = ("crowds", "images without objects", "kinds of image files")       # said by others, or nothing to act on
+ORDINARY = ("crowds", "images without objects", "kinds of image files", "how the files were read")
+"""Said by others, or nothing to act on."""
 THREADS = 16                                # that wait for the disk
 SAMPLE = 4096                               # bytes in the middle of a file, which tell most files of one size apart
 
@@ -164,12 +165,15 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
             unreadable(split, error)
             continue
         content = contents[split]
+        if isinstance(content, dict):
+            findings += [Finding("how the files were read", NOTE, printable(note), 1, [], "", split)
+                         for note in content.get("notes", ())]
         whole = isinstance(content, bytes)                              # of a json, whose files are not known yet
         stats[split] = _listing(stored.images) if whole else _stats(stored.images, _file_names(content))
         key.update(content if whole else json.dumps(content, sort_keys=True, default=str).encode())
         key.update(repr((split, str(stored.source), str(stored.images), sorted(stats[split].items()))).encode())
     file = _cache_folder() / f"{key.hexdigest()}.json"
-    cache = cache and not findings
+    cache = cache and all(finding.action == NOTE for finding in findings)
     if cache and (report := _from_cache(file)):
         return report
 
@@ -298,7 +302,8 @@ def _of_objects(part: _Part, num_queries: int | None) -> Iterator[Finding]:
 
 def _of_files(part: _Part, parts: list[_Part]) -> Iterator[Finding]:
     if not part.folder.is_dir():
-        yield part.finding("missing image folder", STOP, f"the image folder {part.folder} is not there", [], 1)
+        yield part.finding("missing image folder", STOP, f"the image folder {part.folder} is not there; copy or link "
+                           f"the images there", [], 1)
         return
     missing = [i for i, name in enumerate(part.files) if name is not None and name not in part.stats]
     if missing:
@@ -371,7 +376,7 @@ def _of_classes(parts: list[_Part]) -> Iterator[Finding]:
                          f"with objects in {split}, but none in train", "they lower the score")
         unseen = [name for name, n in learnt.items() if n and not classes.get(name)]
         yield from found("classes that are not scored", unseen,
-                         f"with objects in train, but none in {split}", f"nothing is known of them after {split}")
+                         f"with objects in train, but none in {split}", f"{split} does not measure them")
 
 
 def _of_shared(parts: list[_Part]) -> Iterator[Finding]:

@@ -169,10 +169,17 @@ class CocoDetection(Dataset):
             return table
         known = {(category.id, category.name) for category in categories}
         foreign = [f"{row.id} {row.name!r}" for row in table if (row.id, row.name) not in known]
+        if foreign and sorted(row.name for row in table) == sorted(row.name for row in categories):
+            own = {row.name: row.id for row in table}
+            if is_main():
+                print(f"{self.annotation_file}: the classes have other ids than in the class table to be used, and the "
+                      f"same names, by which they are taken; outputs have this data's ids", flush=True)
+            return [category._replace(id=own[category.name]) for category in categories]
         if foreign:
             raise ValueError(f"{self.annotation_file}: categories {few(foreign)} are not in the class table to be "
                              f"used, which has {few([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
-                             f"data, validation data and checkpoint must have the same ids and names")
+                             f"data, validation data and checkpoint must have the same ids and names (--finetune takes a "
+                             f"checkpoint to other classes)")
         return list(categories)
 
     def _pack_objects(self, rows: list[dict], return_masks: bool) -> list[str]:
@@ -190,7 +197,8 @@ class CocoDetection(Dataset):
         self._regions_xyxy: Tensor | None = None
         if self.ignore_regions:
             _, self._regions_xyxy, self._region_starts, _ = self._clipped(regions, place)
-            notes.append(f"{counted(len(self._regions_xyxy), 'region')} to be ignored")
+            if len(self._regions_xyxy):
+                notes.append(f"{counted(len(self._regions_xyxy), 'region')} to be ignored")
         objects, self._boxes_xyxy, self._starts, dropped = self._clipped(objects, place)
         if dropped:
             notes.append(f"left out of the targets: {counted(len(dropped), 'box', 'boxes')} without width or height "

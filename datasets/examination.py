@@ -484,7 +484,7 @@ class _Examination:
             without = [i for i in np.flatnonzero(learnt).tolist() if not values[i]]
             self.add("objects without a segmentation", STOP, without, self._annotation_and_file,
                      f"{len(without)} of {learnt.sum()} objects have no segmentation, which masks need "
-                     f"{self._short(without)}; add them, or go without --masks")
+                     f"{self._short(without)}; add them, or go without --masks (--no_masks)")
         lists = [i for i, value in enumerate(values) if type(value) is list and value]
         codes = [i for i, value in enumerate(values) if type(value) is dict and value]
         polygons = [values[i] for i in lists]

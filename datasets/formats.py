@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from datasets import csv_boxes, voc, yolo
-from datasets.annotations import counted, few, read_json
+from datasets.annotations import LAYOUT, counted, few, read_json
 from datasets.split import SPLIT_NAMES, SPLITS, Format, Part, Put, Split, inner_path
 
-__all__ = ["FORMATS", "Format", "Split", "recognise", "write_coco"]
+__all__ = ["FORMATS", "Format", "Split", "coco_layout", "recognise", "write_coco"]
 
 ROBOFLOW = "_annotations.coco.json"         # the name that exporters give it, beside the images
 
@@ -50,6 +50,19 @@ def recognise(path: str | Path) -> Format:
                          f"instead of {path}")
     name, splits = next(iter(found.items()))
     return Format(name, {split: splits[split] for split in SPLITS if split in splits})
+
+
+def coco_layout(path: str | Path) -> Format:
+    """What ``--coco_path`` means: the layout of 2017 whatever else is there. FileNotFoundError where that is not."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--coco_path {path}: there is no such folder. {LAYOUT}")
+    files = {split: path / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(f"annotations {file} are not there. {LAYOUT}")
+    return Format("COCO", {split: Split(file, path / f"{split}2017", partial(read_json, file))
+                           for split, file in files.items()})
 
 
 def find_coco(path: Path) -> dict[str, Split]:

@@ -198,7 +198,10 @@ def losses(parts: dict[str, Part], what: str, held: Iterable[str] = ()) -> list[
     if areas:
         notes.append(f"lost: the area of {counted(len(areas), 'object')}, which becomes that of the box")
     for kind, known in KNOWN.items():
-        more = Counter(key for part in parts.values() for row in part.data[kind] for key in row if key not in known)
+        rows = [row for part in parts.values() for row in part.data[kind]]
+        if kind == "categories":                                                        # which all parts have
+            rows = list({row["id"]: row for row in rows}.values())
+        more = Counter(key for row in rows for key in row if key not in known)
         if more:
             notes.append(f"lost: of '{kind}' " + ", ".join(f"{key} ({n})" for key, n in sorted(more.items())))
     more = Counter(key for part in parts.values() for key in part.data

@@ -433,20 +433,21 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> Frozen:
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
+
+    def meant(part: str, name: str) -> bool:
+        pattern = WORDS.get(part, re.escape(part) + r"\.")
+        return any(re.match(pattern, f"{one}.") for one in (name, name.removeprefix(DETECTOR)))
+
     chosen: set[int] = set()
     held: dict[int, nn.Module] = {}
     for part in (part.strip().rstrip(".") for several in parts for part in several.split(",")):
-        pattern = re.compile(WORDS.get(part, re.escape(part) + r"\."))
-
-        def meant(name: str, pattern: re.Pattern[str] = pattern) -> bool:
-            return any(pattern.match(f"{one}.") for one in (name, name.removeprefix(DETECTOR)))
-
-        found = {id(value) for name, value in tensors.items() if meant(name)}
+        found = {id(value) for name, value in tensors.items() if meant(part, name)}
         if not found:
-            names = dict.fromkeys([*WORDS, *(name.removeprefix(DETECTOR) for name in [*modules, *tensors] if name)])
+            words = [word for word in WORDS if any(meant(word, name) for name in tensors)]
+            names = dict.fromkeys([*words, *(name.removeprefix(DETECTOR) for name in [*modules, *tensors] if name)])
             raise ValueError(f"--freeze {part}: this model has nothing of that name{config.nearest(part, names)}")
         chosen |= found
-        held |= {id(module): module for name, module in modules.items() if name and meant(name)}
+        held |= {id(module): module for name, module in modules.items() if name and meant(part, name)}
     if all(id(parameter) in chosen or not parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {','.join(parts)}: nothing is left to train; leave a part out")
     frozen = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}

@@ -37,14 +37,15 @@ class Settings:
                 "data": dataclasses.asdict(self.data)}
 
 
-def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
+def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) -> Settings:
     """The flags that were typed, and the preset's name where one was -> settings, in the order: the architecture's
-    default, the preset, the checkpoint's configuration, what was typed. Says what it chose. Raises ValueError for what
-    the chosen model does not have."""
+    default, the preset, the checkpoint's configuration, what was typed. ``given``: the data comes from Python, and from
+    no place that a flag names. Says what it chose. Raises ValueError for what the chosen model does not have."""
     resume = typed.get("resume", "")
     resumed = checkpoint.load(resume) if resume else None
     frozen = checkpoint.load(typed["frozen_weights"]) if typed.get("frozen_weights") and resumed is None else None
     refuse_two_beginnings(typed)
+    refuse_two_places(typed, given)
     begun = checkpoint.load(typed["finetune"]) if typed.get("finetune") else None
     known, source = next(((content, typed[flag]) for content, flag in ((frozen, "frozen_weights"), (begun, "finetune"))
                           if content is not None), (resumed, resume))
@@ -55,14 +56,14 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
     if name is None and known is not None:
         name = name_by_shapes(known["model"], source)
     if name is None:
-        name = "detr_resnet50" if typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
+        name = "detr_resnet50" if given or typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
     if name not in PRESETS:
         raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
-    recipe = fine_tuning(preset.train) if begun is not None else preset.train
-    parts: dict[str, Any] = {"model": preset.model, "train": recipe, "data": preset.data, "run": RunConfig()}
+    model, recipe = fine_tuning(preset.model, preset.train) if begun is not None else (preset.model, preset.train)
+    parts: dict[str, Any] = {"model": model, "train": recipe, "data": preset.data, "run": RunConfig()}
     allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
     for flag in typed:
         if flag not in allowed:
@@ -72,8 +73,10 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
         before = remembered.get(part, {})
         if resumed is None and part == "train":
             before = {}                                                 # a training of its own
-        if begun is not None and part == "data":
-            before = {k: v for k, v in before.items() if k not in PLACES}
+        if part == "data":
+            before = without_places(before, typed, begun is not None, given, source)
+        if begun is not None:
+            before = {k: v for k, v in before.items() if k not in ("frozen_weights", "lr_backbone")}    # that training's
         old = config.with_tuples({k: v for k, v in before.items() if k in fields})
         if strange := sorted(set(before) - fields):
             say(f"{source}: its settings {', '.join(strange)} are unknown to this version and have no effect")
@@ -90,19 +93,36 @@ def decide(typed: dict[str, Any], name: str | None = None) -> Settings:
     parts["model"] = fitting_norm(parts["model"], typed)
     settings = Settings(name, resumed=resumed, frozen=frozen, begun=begun,
                         categories=class_table(known) if begun is None else None, **parts)
-    refuse_what_is_not_there(settings, typed)
+    refuse_what_is_not_there(settings, typed, given)
     return settings
 
 
-# What of a data configuration says where data is, and not how images become a model's input.
+# What of a data configuration says where data is and what it is, and not how images become a model's input.
 PLACES = ("data", "dataset_file", "coco_path", "coco_panoptic_path", "remove_difficult", "no_flip_classes", "cache_mode")
 
 
-def fine_tuning(recipe: TrainConfig) -> TrainConfig:
-    """A preset's recipe for weights that have learnt before: half the learning rate, which rises over a hundred steps and
-    falls to zero by epoch 50."""
-    return dataclasses.replace(recipe, lr=recipe.lr / 2, lr_schedule="cosine", warmup_steps=100,
-                               epochs=min(recipe.epochs, 50))
+def without_places(before: dict[str, Any], typed: dict[str, Any], begun: bool, given: bool,
+                   source: str) -> dict[str, Any]:
+    """What a checkpoint remembers of its data, without what does not hold any more: nothing of its place where other
+    data is fine-tuned on (``begun``) or ``given``, and not ``--data`` where ``--coco_path`` is typed, or the other way
+    round."""
+    if begun:
+        return {k: v for k, v in before.items() if k not in PLACES}
+    if given:
+        return {k: v for k, v in before.items() if k not in PLACES or k == "no_flip_classes"}
+    for flag, others in (("data", ("coco_path", "coco_panoptic_path")), ("coco_path", ("data", "remove_difficult"))):
+        if typed.get(flag) is not None and before.get(others[0]) is not None:
+            say(f"changed since {source}: --{flag} {typed[flag]} takes the place of --{others[0]} {before[others[0]]}")
+            before = {k: v for k, v in before.items() if k not in (flag, *others)}
+    return before
+
+
+def fine_tuning(model: ModelConfig, recipe: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
+    """A preset's recipe for weights that have learnt before: half the learning rates, that of the backbone, too, which
+    rise over fifty steps and fall to zero in a cosine; 50 epochs, or as many as the preset has where these are fewer."""
+    return (dataclasses.replace(model, lr_backbone=model.lr_backbone / 2),
+            dataclasses.replace(recipe, lr=recipe.lr / 2, lr_schedule="cosine", warmup_steps=50,
+                                epochs=min(recipe.epochs, 50)))
 
 
 def refuse_two_beginnings(typed: dict[str, Any]) -> None:
@@ -113,6 +133,16 @@ def refuse_two_beginnings(typed: dict[str, Any]) -> None:
                              + (": a fine-tuning goes on with --resume alone" if flag == "resume" else ""))
     if typed.get("finetune") and typed.get("eval"):
         raise ValueError("--finetune begins a training; to evaluate a checkpoint, --eval --resume it")
+
+
+def refuse_two_places(typed: dict[str, Any], given: bool) -> None:
+    """ValueError where data would have to come from two places."""
+    if typed.get("data") is not None and typed.get("coco_path") is not None:
+        raise ValueError("--data and --coco_path are two places of data; choose one (--data knows COCO's layout too)")
+    for flag in ("data", "dataset_file", "coco_path", "coco_panoptic_path", "remove_difficult", "cache_mode"):
+        if given and flag in typed:
+            raise ValueError(f"--{flag} is about files, and the data comes from Python: leave --{flag} out, or the data "
+                             f"sets that main was given")
 
 
 def class_table(resumed: dict[str, Any] | None) -> list[Category] | None:
@@ -156,18 +186,16 @@ def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> i
     return None
 
 
-def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
+def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: bool = False) -> None:
     """Nothing that was asked for is ignored: what this version cannot do, or what has no effect, is an error."""
     model, data, run = settings.model, settings.data, settings.run
-    if data.data is not None and data.coco_path is not None:
-        raise ValueError("--data and --coco_path are two places of data; choose one (--data knows COCO's layout too)")
     if data.data is not None and data.dataset_file != "coco":
         raise ValueError(f"--data is for boxes and masks of objects; --dataset_file {data.dataset_file} has its data "
                          f"below --coco_path")
     if data.remove_difficult and data.data is None:
         raise ValueError("--remove_difficult is about Pascal VOC, which --data names; COCO's annotations mark nothing as "
                          "difficult")
-    if data.coco_path is None and data.data is None and model.in_channels not in (1, 3):
+    if not given and data.coco_path is None and data.data is None and model.in_channels not in (1, 3):
         raise ValueError(f"--in_channels {model.in_channels}: the synthetic data are pictures; name data with so many "
                          f"channels with --coco_path or --data")
     refuse_drops(settings.train, typed)
@@ -184,7 +212,7 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any]) -> None:
         batch = "" if scratch_norm(model.backbone).endswith("batch") else ", or batch where --batch_size is 8 or more"
         raise ValueError(f"--from_scratch with --backbone_norm frozen would fix random statistics; add "
                          f"{scratch_norm(model.backbone)}{batch}")
-    if model.from_scratch and model.lr_backbone <= 0:
+    if model.from_scratch and model.lr_backbone <= 0 and settings.begun is None and settings.resumed is None:
         raise ValueError("--from_scratch with --lr_backbone 0 would freeze a random backbone; "
                          "give it a learning rate, such as that of --lr")
     for flag in ("backbone_weights", "pretrained_backbone"):
@@ -233,8 +261,8 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     exact = "x" in data.image_size
     without_encoder = isinstance(settings.model, DeformableDETRConfig) and not settings.model.enc_layers
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
-            ("lr_drop", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
-            ("lr_drop_epochs", train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule}"),
+            *[(flag, train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule} (step has drops)")
+              for flag in ("lr_drop", "lr_drop_epochs")],
             ("least_scale", exact, "where --image_size is exact"),
             ("least_scale", not data.multi_scale, "with --no_multi_scale"),
             *[(flag, exact, "where --image_size is exact: nothing is padded")

@@ -56,7 +56,7 @@ class Progress:
 
 
 def main(args: argparse.Namespace) -> int:
-    from datasets.formats import recognise
+    from datasets.formats import coco_layout, recognise
 
     if (args.path is None) == (args.coco_path is None):
         raise ValueError("one data set is needed: PATH or --coco_path DIR")
@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} {getattr(args, flag)}: at least {least} is needed")
     path = args.path or args.coco_path
-    report = check(recognise(path), args.num_queries, not args.quick, args.masks, args.in_channels, Progress(),
+    found = recognise(args.path) if args.path else coco_layout(path)
+    report = check(found, args.num_queries, not args.quick, args.masks, args.in_channels, Progress(),
                    cache=not args.no_cache)
     if args.json:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")

@@ -52,8 +52,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
-from datasets.annotations import COCO_CATEGORIES, class_table
-from datasets.coco_panoptic import COCO_PANOPTIC, COCO_SLOTS, encode_ids, read_ids
+from datasets import published_classes
+from datasets.coco_panoptic import COCO_PANOPTIC, encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
 from datasets.transforms import Preprocessing, eval_transforms
 from detr import checkpoint, config, settings
@@ -132,9 +132,8 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
 
     A checkpoint of this project has everything inside. One that holds weights alone, as published, is built as the
     preset ``model_name``, by default ``detr_resnet50`` where its shapes fit; its classes are COCO's where it has 91
-    labels, COCO's panoptic ones where it has masks and 250, and otherwise have no names, and its preprocessing is the
-    published one. Raises ValueError where file and
-    model do not fit, and what ``checkpoint.load`` raises.
+    labels, COCO's panoptic ones where it has 250, and otherwise have no names, and its preprocessing is the published
+    one. Raises ValueError where file and model do not fit, and what ``checkpoint.load`` raises.
     """
     content = checkpoint.load(path)
     remembered = content.get("config", {})
@@ -153,20 +152,20 @@ def load_detector(path: str, model_name: str | None = None) -> Detector:
                          f"--model that it was trained as, or use a checkpoint that main.py wrote")
     model, _, postprocessors = model_config.build(num_classes)
     checkpoint.load_model(model, content["model"], path)
-    published_panoptic = getattr(model_config, "masks", False) and num_classes == COCO_SLOTS
-    categories = settings.class_table(content) or (
-        class_table(COCO_CATEGORIES) if num_classes == 91 else COCO_PANOPTIC if published_panoptic else
-        [Category(label, label, f"label {label}") for label in range(num_classes)])
+    known = published_classes(num_classes)
+    categories = settings.class_table(content) or known or [Category(label, label, f"label {label}")
+                                                            for label in range(num_classes)]
     preprocessing = Preprocessing.from_dict(content["preprocessing"]) if "preprocessing" in content else Preprocessing()
     if not remembered:
-        classes = ("COCO's" if num_classes == 91 else "COCO's panoptic ones" if published_panoptic else
-                   f"{num_classes} without names")
+        classes = (f"{num_classes} without names" if not known else
+                   "COCO's panoptic ones" if known is COCO_PANOPTIC else "COCO's")
         print(f"{path} holds weights alone: taken as {name}, classes {classes}, short side {preprocessing.size}",
               flush=True)
     segm, panoptic = postprocessors.get("segm"), None
     if segm is not None:
         segm.rle = True
-        if remembered.get("data", {}).get("dataset_file") == "coco_panoptic" or not remembered and published_panoptic:
+        if remembered.get("data", {}).get("dataset_file") == "coco_panoptic" or \
+                not remembered and known is COCO_PANOPTIC:
             things = {category.label for category in categories if category.isthing}
             panoptic = model_config.panoptic({label: label in things for label in range(num_classes)},
                                          crop=backbone_of(model).exact)

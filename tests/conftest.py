@@ -16,3 +16,9 @@ def real_data() -> Path:
     if not (folder / "coco_mini").is_dir():
         pytest.skip(f"no real images: {folder / 'coco_mini'} is not there (DETR_TEST_DATA names another folder)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Reports of data checks stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

@@ -134,6 +134,22 @@ def test_a_given_class_table_is_used_or_the_difference_named(dataset, data):
         dataset(data, categories=[Category(0, 1, "cat"), Category(1, 56, "cow")])
 
 
+def test_the_same_names_with_other_ids_are_taken_by_name(dataset, data, capsys):
+    """A checkpoint of another format's numbering: labels are the checkpoint's, ids in outputs the data's."""
+    own = dataset(data)
+    turned = [Category(label, 100 + label, category.name) for label, category in enumerate(reversed(own.categories))]
+    taken = dataset(data, categories=turned)
+    said = capsys.readouterr().out
+    assert "the same names, by which they are taken" in said
+    assert [(c.label, c.name) for c in taken.categories] == [(c.label, c.name) for c in turned]
+    assert {c.name: c.id for c in taken.categories} == {c.name: c.id for c in own.categories}
+    name = {c.label: c.name for c in own.categories}, {c.label: c.name for c in taken.categories}
+    for i in range(len(own)):
+        assert [name[0][label] for label in own.target(i)["labels"].tolist()] == \
+            [name[1][label] for label in taken.target(i)["labels"].tolist()]
+    assert set(own.coco.getCatIds()) == {c.id for c in taken.categories}
+
+
 def test_masks_from_polygons_and_run_lengths(dataset, data):
     square = np.zeros((48, 64), dtype=np.uint8, order="F")
     square[5:35, 10:30] = 1

@@ -426,7 +426,8 @@ def test_classes_that_fit():
     ("--eval --epochs 3", "--epochs has no effect with --eval"),
     ("--eval --cache_mode", "--cache_mode has no effect with --eval, which reads each image once; leave it out"),
     ("--model tiny_detr --lr_drop_epochs 3", "--lr_drop_epochs has no effect with --lr_schedule cosine"),
-    ("--lr_schedule cosine --model detr_resnet50 --lr_drop_epochs 3", "has no effect with --lr_schedule cosine; leave"),
+    ("--lr_schedule cosine --model detr_resnet50 --lr_drop_epochs 3",
+     "has no effect with --lr_schedule cosine (step has drops); leave"),
     ("--model detr_resnet50 --lr_drop 40 --lr_drop_epochs 30 40", "--lr_drop and --lr_drop_epochs are two ways to say "
      "when the learning rates drop; choose one"),
     ("--model detr_resnet50 --lr_drop_epochs 40 30 40", "--lr_drop_epochs 40 30 40: each must be greater than the one "
@@ -1071,7 +1072,7 @@ def test_three_groups_are_restored():
         assert same(fresh.state_dict()["state"], optimizer.state_dict()["state"]) and fresh.state
         settings, two = made(train, (1.0, 0.1))
         with pytest.raises(ValueError, match="does not fit the parameters that train now.*resume with the same "
-                                             "--lr_backbone, --from_scratch as before"):
+                                             "--lr_backbone, --from_scratch, --freeze as before"):
             main.restore(settings, model, two, None)
 
 

@@ -25,7 +25,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m ruff check .
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n 2 --dist loadfile
 
 types: $(READY)
 	$(RUN) -m mypy

@@ -21,11 +21,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader
 
 from datasets import build_dataset, build_evaluators, collate, published_classes
-from datasets.annotations import few
 from datasets.augment import Mosaic, labels_of
 from datasets.check import check
 from datasets.coco import CocoDetection
 from datasets.drawn import Drawn
+from datasets.examination import counted, few
 from datasets.formats import coco_layout, recognise
 from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler, repeat_factors
 from datasets.sheet import sheet
@@ -374,6 +374,10 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         say("saved: " + ", ".join(str(folder / file) for file in files) if folder else
             "nothing was saved; --output_dir DIR would keep the predictions as json")
         return results
+    crowded = [n for n in map(len, training.labels_of_images()) if n > settings.model.num_queries]
+    if crowded and (given or panoptic):                             # of other data check_data has said it
+        say(f"{counted(len(crowded), 'training image')} with more objects than the {settings.model.num_queries} queries "
+            f"can find, up to {max(crowded)}: --num_queries {max(crowded)} would do for all")
     names = {category.label: category.name for category in training.categories}
     say("augmentation: " + "; ".join(describe(training, names)))
     if settings.run.show_batch and distributed.is_main():

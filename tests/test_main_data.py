@@ -206,6 +206,13 @@ def called(line: str, training: Any, validation: Any) -> dict[str, Any]:
     return main.main(parse(line), (training, validation))
 
 
+def test_data_from_python_with_more_objects_than_queries(tmp_path, capsys):
+    called(DEFORMABLE + STEP + f"--num_queries 1 --output_dir {tmp_path}/out",
+           from_dataset(Pictures(4, 2), ["a", "b"]), from_dataset(Pictures(2, 2, 50), ["a", "b"]))
+    assert "4 training images with more objects than the 1 queries can find, up to 2: --num_queries 2" in \
+        capsys.readouterr().out
+
+
 def test_data_from_python(tmp_path, capsys):
     names = ["background", "two words", "naïve Ω & <é>"]
     training, validation = from_dataset(Pictures(4, 3), names), from_dataset(Pictures(2, 3, 50), names)

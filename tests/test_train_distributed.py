@@ -22,10 +22,9 @@ from datasets.synthetic import make_panoptic, make_synthetic
 MAIN = Path(main.__file__)
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
          "--num_queries 10 --image_size 64 --num_workers 0 --device cpu --amp off --print_every 1000 ").split()
-MASKS = ("--model detr_resnet50 --backbone resnet_tiny --backbone_norm batch --from_scratch --lr_backbone 1e-4 --lr 1e-4 "
-         "--hidden_dim 128 --nheads 8 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 --num_queries 12 --epochs 1 "
-         "--eos_coef 0.001 --padding exact --image_size 64 --max_size 100 --masks --dataset_file coco_panoptic "
-         "--panoptic_threshold 0.02 --batch_size 1 --num_workers 0 --device cpu --amp off --print_every 1000").split()
+MASKS = ("--model tiny_deformable_detr --num_queries 12 --dec_layers 1 --dim_feedforward 32 --epochs 1 --image_size 64 "
+         "--max_size 100 --masks --dataset_file coco_panoptic --panoptic_threshold 0 --batch_size 1 --ema_decay 0 "
+         "--num_workers 0 --device cpu --amp off --print_every 1000").split()
 VOID = (2, 4, 6, 8)                                                 # of 12 images: each process, and both, meet one
 # main.py, which writes down what each process holds in the end.
 WATCHED = """

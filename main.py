@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from datasets import build_dataset, build_evaluators, collate, published_classes
 from datasets.augment import Mosaic, labels_of
-from datasets.check import check
+from datasets.check import HowFar, check
 from datasets.coco import CocoDetection
 from datasets.drawn import Drawn
 from datasets.examination import counted, few
@@ -490,8 +490,8 @@ def check_data(settings: Settings) -> None:
     """Look through the data and say in brief what is wrong with it. Raises ValueError where training must not begin."""
     model, data, masks = settings.model, settings.data, getattr(settings.model, "masks", False)
     found = recognise(data.data) if data.data else coco_layout(data.coco_path)
-    used = found._replace(splits={split: part for split, part in found.splits.items() if split in ("train", "val")})
-    report = check(used, model.num_queries, masks=masks, channels=model.in_channels)
+    report = check(found, model.num_queries, masks=masks, channels=model.in_channels, parts=("train", "val"),
+                   progress=HowFar("data check: image headers read"))
     if report.stops:
         place = data.data or f"--coco_path {data.coco_path}"
         raise ValueError(f"{report.brief()}\npython scripts/check_data.py {place}{' --masks' * masks} shows all of it")

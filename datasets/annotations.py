@@ -15,9 +15,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.examination import STOP, Examined, examine, is_whole
-from datasets.examination import counted as counted  # found here by who writes about annotations
-from datasets.examination import few as few
+from datasets.examination import STOP, Examined, examine
 from detr.structures import Category
 
 LAYOUT = """COCO's layout is expected:
@@ -64,11 +62,12 @@ def read_annotations(path: Path) -> tuple[dict[str, Any], list[str]]:
     return checked(read_json(path), path)
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a json, unchecked. FileNotFoundError where it is not there, ValueError where it is no json."""
+def read_json(path: str | Path, layout: str = LAYOUT) -> Any:
+    """The content of a json, unchecked. FileNotFoundError where it is not there, with the ``layout`` that is expected;
+    ValueError where it is no json."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"annotations {path} are not there. {LAYOUT}")
+        raise FileNotFoundError(f"annotations {path} are not there. {layout}")
     return parse_json(path.read_bytes(), path)
 
 
@@ -117,23 +116,6 @@ def _complete(data: dict[str, Any], examined: Examined) -> None:
         rows[i]["id"] = examined.new_id
     if examined.headings:
         data["categories"] = [row for row in data["categories"] if row["id"] not in examined.headings]
-
-
-def check_id(path: Path, part: str, i: int, row: Any) -> None:
-    """ValueError, naming file and row, unless ``row`` of the list ``part`` has an id that is a whole number."""
-    if not isinstance(row, dict) or not is_whole(row.get("id")):
-        raise ValueError(f"{path}: row {i} (counted from 0) of '{part}' has no 'id' that is a whole number; give each "
-                         f"row its own")
-
-
-def check_image(path: Path, image: dict[str, Any]) -> None:
-    """ValueError, naming file and image, unless it has a file name, a width and a height."""
-    if not isinstance(image.get("file_name"), str):
-        raise ValueError(f"{path}: image id {image['id']} has no 'file_name'; add it")
-    for side in ("width", "height"):
-        if not is_whole(image.get(side)) or image[side] < 1:
-            raise ValueError(f"{path}: image id {image['id']} ({image['file_name']}) has {side} {image.get(side)!r}; a "
-                             f"whole number of pixels, at least 1, is needed")
 
 
 # What pycocotools is used for.

@@ -8,9 +8,11 @@ import os
 import sys
 import tempfile
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +20,22 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image
 
-from datasets.annotations import counted, few, parse_json
-from datasets.examination import EXAMPLES, FIX, NOTE, SKIP, STOP, Examined, Finding, examine, printable
-from datasets.images import DAMAGED, height_width, read_image
-from datasets.split import IMAGE_SUFFIXES, Format, Split
+from datasets import MISSING_PART
+from datasets.annotations import parse_json
+from datasets.examination import EXAMPLES, FIX, NOTE, SKIP, STOP, Examined, Finding, counted, examine, few, printable
+from datasets.images import DAMAGED, height_width, image_size, read_image
+from datasets.split import IMAGE_SUFFIXES, SPLITS, Format, Note, Split
 
 ACTIONS = {STOP: "training does not begin", SKIP: "left out of training", FIX: "mended in memory, the files stay as "
            "they are", NOTE: "used as it is"}
 ORDINARY = ("crowds", "images without objects", "kinds of image files", "how the files were read")
 """Said by others, or nothing to act on."""
-THREADS = 16                                # that wait for the disk
+TRAINED = {"train": "training", "val": "validation"}
+"""The parts that a training reads; what is wrong with another one does not stop it."""
+THREADS, STEP = 16, 16                      # reading waits for the disk; images that a thread looks into at a time
 SAMPLE = 4096                               # bytes in the middle of a file, which tell most files of one size apart
+SIZED_BY_HEADERS = "YOLO"                   # the format whose sizes are those of the headers, which reading it reads
+PATIENCE = 3.0                              # seconds before it is said how far opening images has got
 
 
 class Summary(NamedTuple):
@@ -43,7 +50,8 @@ class Report(NamedTuple):
     format: str
     splits: dict[str, Summary]
     findings: list[Finding]                 # those that stop training first
-    pixels: bool                            # whether images were opened
+    pixels: bool                            # whether images were opened and decoded
+    headers: bool = False                   # whether of images the headers were read
     cached: bool = False                    # whether this is of an earlier look at the same files
 
     @property
@@ -82,7 +90,8 @@ class Report(NamedTuple):
         used = [action for action in ACTIONS if any(finding.action == action for finding in self.findings)]
         lines += ["", *(f"{action}: {ACTIONS[action]}" for action in used)] if used else []
         lines += ["", f"Training would stop: {counted(len(self.stops), 'fault')} to correct first." if self.stops else
-                  "Nothing stops training." + ("" if self.pixels else " Images were not opened.")]
+                  "Nothing stops training." + ("" if self.pixels else " Of images, the headers alone were read." if
+                                               self.headers else " Images were not opened.")]
         return "\n".join(lines)
 
     def _classes(self) -> list[str]:
@@ -101,13 +110,35 @@ class Report(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For json."""
         return {"format": self.format, "splits": {split: part._asdict() for split, part in self.splits.items()},
-                "findings": [finding._asdict() for finding in self.findings], "pixels": self.pixels}
+                "findings": [finding._asdict() for finding in self.findings], "pixels": self.pixels,
+                "headers": self.headers}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], cached: bool = False) -> Report:
         """The inverse of ``as_dict``."""
         return cls(values["format"], {split: Summary(**part) for split, part in values["splits"].items()},
-                   [Finding(**finding) for finding in values["findings"]], values["pixels"], cached)
+                   [Finding(**finding) for finding in values["findings"]], values["pixels"],
+                   values["headers"], cached)
+
+
+class HowFar:
+    """Says on stderr how far a long look has got, once it takes more than some seconds: a line that is rewritten on a
+    terminal, else a new one every ten seconds. ``what`` begins it: "images opened"."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.rewrites, self.said = what, sys.stderr.isatty(), False
+        self.start = self.last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.start = self.start or now
+        due = now - self.start >= PATIENCE and now - self.last >= (0.2 if self.rewrites else 10)
+        if due or self.rewrites and self.said and done == total:
+            self.last, self.said = now, True
+            left = (now - self.start) / done * (total - done)
+            text = f"{self.what}: {done} of {total}, {left:.0f} s to go"
+            print(f"\r{text:<60}" if self.rewrites else text, end="" if self.rewrites and done < total else "\n",
+                  file=sys.stderr, flush=True)
 
 
 Stats = dict[str, tuple[int, int]]
@@ -124,10 +155,12 @@ class _Part(NamedTuple):
     stats: Stats
 
     def finding(self, kind: str, action: str, message: str, rows: Sequence[str], count: int | None = None) -> Finding:
+        """A finding of this part, of ``count`` rows; by default those that are named."""
         n = len(rows) if count is None else count
         return Finding(kind, action, message, n, list(rows[:EXAMPLES]), split=self.split)
 
     def named(self, i: int) -> str:
+        """What messages call image ``i``."""
         return f"{printable(self.files[i] or '')} (image id {self.examined.images[i]['id']})"
 
     def there(self) -> list[int]:
@@ -137,21 +170,30 @@ class _Part(NamedTuple):
 
 
 def check(format: Format, num_queries: int | None = None, pixels: bool = False, masks: bool = False, channels: int = 3,
-          progress: Callable[[int, int], None] | None = None, cache: bool = True) -> Report:
+          progress: Callable[[int, int], None] | None = None, cache: bool = True, headers: bool = True,
+          parts: Sequence[str] = SPLITS) -> Report:
     """All that is the matter with a data set.
 
     Its annotations (``examine``), whether the files are there, whether parts share an image or differ in classes, and,
     with ``num_queries``, where there are more objects than a model has queries. Images of different parts are the same
     where their files are: of those of one size in bytes, a sample is compared, and where that is the same, the whole.
-    ``pixels`` opens every image, as training does, with ``channels``: what cannot be read, other sizes than annotated,
-    kinds of files, the same file twice in one part. ``masks``: whether segmentations are to be used. ``progress`` is
-    called with how many images of how many were opened.
+    ``headers`` reads the beginning of every image: what is no image, and other sizes than annotated. ``pixels`` opens
+    every image in its place, as training does, with ``channels``: what cannot be read, other sizes, kinds of files, the
+    same file twice in one part. ``masks``: whether segmentations are to be used. ``progress`` is called with how many
+    images of how many were looked into.
+
+    ``parts`` are looked through; of others it matters alone which files they list. A fault stops where training and
+    validation need what it is in, and so does one of them that is not there; in the test part it is a note.
 
     A report on the same annotations, the same names, sizes and times of image files and the same program is taken from
     a file below ``$XDG_CACHE_HOME`` (``~/.cache``), unless ``cache`` is False.
     """
-    key = hashlib.blake2b(repr((_program(), format.name, num_queries, pixels, masks, channels)).encode(), digest_size=20)
-    findings: list[Finding] = []
+    key = hashlib.blake2b(repr((_program(), format.name, num_queries, pixels, masks, channels, headers, tuple(parts))
+                               ).encode(), digest_size=20)
+    findings = [Finding("parts that are missing", STOP,
+                        f"there is no part '{split}' for {what}; add it: "
+                        + MISSING_PART[format.name].format(split=split, valid="valid" if split == "val" else split),
+                        1, [], split=split) for split, what in TRAINED.items() if split not in format.splits]
     contents: dict[str, Any] = {}
     stats: dict[str, Stats] = {}
 
@@ -159,25 +201,27 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
         findings.append(Finding("annotations that cannot be read", STOP, printable(str(error)), 1, [], "", split))
 
     for split, stored in format.splits.items():
+        if split not in parts:
+            key.update(repr((split, str(stored.source), _stats(stored.source.parent, [stored.source.name]))).encode())
+            continue
         try:
             contents[split] = _content(format, stored)
         except (ValueError, OSError) as error:
             unreadable(split, error)
+            key.update(repr((split, str(error))).encode())              # read each time, so that this is all to know
             continue
         content = contents[split]
         if isinstance(content, dict):
-            findings += [Finding("how the files were read", NOTE, printable(note), 1, [], "", split)
-                         for note in content.get("notes", ())]
+            findings += [of_note(note, split) for note in content.get("notes", ())]
         whole = isinstance(content, bytes)                              # of a json, whose files are not known yet
-        stats[split] = _listing(stored.images) if whole else _stats(stored.images, _file_names(content))
+        stats[split] = _listing(stored.images) if whole else _stats(stored.images, _file_names(content), beside=True)
         key.update(content if whole else json.dumps(content, sort_keys=True, default=str).encode())
         key.update(repr((split, str(stored.source), str(stored.images), sorted(stats[split].items()))).encode())
     file = _cache_folder() / f"{key.hexdigest()}.json"
-    cache = cache and all(finding.action == NOTE for finding in findings)
     if cache and (report := _from_cache(file)):
         return report
 
-    parts = []
+    read = []
     for split, content in contents.items():
         source, folder = format.splits[split].source, format.splits[split].images
         try:
@@ -191,22 +235,38 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
             files = _file_names({"images": examined.images})
             outside = [name for name in files if name is not None and name not in stats[split]]
             if isinstance(content, bytes) and outside:
-                more = _stats(folder, outside)
-                cache = cache and not more                              # files that the key knows nothing of
-                stats[split].update(more)
-            parts.append(_Part(split, source, folder, examined, files, stats[split]))
+                cache = False                                           # the key does not know whether they are there
+                stats[split].update(_stats(folder, outside))
+            read.append(_Part(split, source, folder, examined, files, stats[split]))
         del data
-    for part in parts:
-        findings += [*_of_files(part, parts), *_of_objects(part, num_queries)]
-    findings += [*_of_classes(parts), *(_of_pixels(parts, channels, progress) if pixels else _of_shared(parts))]
+    for part in read:
+        findings += [*_of_files(part), *_of_objects(part, num_queries)]
+    others = [stored for split, stored in format.splits.items() if split not in {part.split for part in read}]
+    findings += [*_of_unlisted(read, others), *_of_classes(read)]
+    if pixels:
+        seen = _look(read, partial(_opened, channels=channels), max(4, os.cpu_count() or 1), progress)
+        findings += [*_of_headers(read, seen), *_of_pixels(read, seen)]
+    elif headers and format.name != SIZED_BY_HEADERS:
+        findings += _of_headers(read, _look(read, _header, THREADS, progress))
+    findings += [] if pixels else _of_shared(read)
+    findings = [finding._replace(action=NOTE, message=f"{finding.message}. Training does not use this part")
+                if finding.action == STOP and finding.split not in ("", *TRAINED) else finding for finding in findings]
     findings.sort(key=lambda finding: list(ACTIONS).index(finding.action))
-    report = Report(format.name, {part.split: _summary(part) for part in parts}, findings, pixels)
+    report = Report(format.name, {part.split: _summary(part) for part in read}, findings, pixels, headers)
     if cache:
         _to_cache(file, report)
     return report
 
 
 # Reading and listing.
+
+def of_note(note: str, split: str) -> Finding:
+    """What a reader says of a part; only a ``Note`` is about files that may have been meant otherwise."""
+    if isinstance(note, Note):
+        return Finding(note.kind, NOTE, printable(note), len(note.rows), [printable(row) for row in note.rows[:EXAMPLES]],
+                       "", split)
+    return Finding("how the files were read", NOTE, printable(note), 1, [], "", split)
+
 
 def _content(format: Format, part: Split) -> Any:
     """The bytes of a json in COCO's form, which are parsed only where there is no earlier report; else what is read."""
@@ -256,13 +316,14 @@ def _in_folder(folder: str, inner: str, below: list[str] | None = None) -> Stats
     return found
 
 
-def _stats(folder: Path, names: Iterable[str | None]) -> Stats:
-    """Of these files: one call a folder, where asking file by file takes long."""
+def _stats(folder: Path, names: Iterable[str | None], beside: bool = False) -> Stats:
+    """Of these files: one call a folder, where asking file by file takes long. ``beside``: and of other image files in
+    their folders."""
     wanted = {name for name in names if name is not None}
     listed: Stats = {}
     for inner in {os.path.dirname(name) for name in wanted}:
         listed.update(_in_folder(os.path.join(folder, inner), inner))
-    found = {name: listed[name] for name in wanted if name in listed}
+    found = {name: status for name, status in listed.items() if name in wanted or beside and _is_image(name)}
     for name in wanted - found.keys():                                  # such as "./a.png"
         try:
             status = os.stat(folder / name)
@@ -271,6 +332,10 @@ def _stats(folder: Path, names: Iterable[str | None]) -> Stats:
         if not (folder / name).is_dir():
             found[name] = (status.st_size, status.st_mtime_ns)
     return found
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 # One part.
@@ -300,7 +365,7 @@ def _of_objects(part: _Part, num_queries: int | None) -> Iterator[Finding]:
                            [f"{part.named(i)}: {counts[i]} objects" for i in full[:EXAMPLES]], len(full))
 
 
-def _of_files(part: _Part, parts: list[_Part]) -> Iterator[Finding]:
+def _of_files(part: _Part) -> Iterator[Finding]:
     if not part.folder.is_dir():
         yield part.finding("missing image folder", STOP, f"the image folder {part.folder} is not there; copy or link "
                            f"the images there", [], 1)
@@ -318,14 +383,33 @@ def _of_files(part: _Part, parts: list[_Part]) -> Iterator[Finding]:
         yield part.finding("empty image files", STOP,
                            f"{counted(len(empty), 'image file')} of 0 bytes in {part.folder}; copy them again, or take "
                            f"them out of {part.source.name}", [part.named(i) for i in empty[:EXAMPLES]], len(empty))
-    used = {os.path.normpath(other.folder / name) for other in parts for name in other.files if name is not None}
-    unused = sorted(name for name in part.stats if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-                    and os.path.normpath(part.folder / name) not in used)
-    if unused and not missing:
-        yield part.finding("image files that are not listed", NOTE,
-                           f"{counted(len(unused), 'image file')} in {part.folder} that no part lists, not used; if "
-                           f"there is nothing on them, list them, too: background is worth learning",
-                           [printable(name) for name in unused[:EXAMPLES]], len(unused))
+
+
+def _of_unlisted(parts: list[_Part], others: list[Split]) -> Iterator[Finding]:
+    """Image files that no part lists, each once; ``others`` are the parts that were not looked through. Where one of them
+    cannot be read, any image in its folder may be its own."""
+    folders: list[str] = []
+    used = {os.path.normpath(part.folder / name) for part in parts for name in part.files if name is not None}
+    for part in parts:
+        if any(name is not None and name not in part.stats for name in part.files):
+            continue                                                    # which may be called otherwise
+        unused = {os.path.normpath(part.folder / name): name for name in part.stats if _is_image(name)}
+        if others and not unused.keys() <= used:
+            for other in others:
+                try:
+                    used.update(os.path.normpath(other.images / name) for name in _file_names(other.read()) if name)
+                except (ValueError, OSError):
+                    folders.append(os.path.join(os.path.normpath(other.images), ""))
+            others = []
+        unused = {path: name for path, name in unused.items()
+                  if path not in used and not path.startswith(tuple(folders))}
+        used |= unused.keys()
+        if unused:
+            names = sorted(unused.values())
+            yield part.finding("image files that are not listed", NOTE,
+                               f"{counted(len(names), 'image file')} in {part.folder} that no part lists, not used; if "
+                               f"there is nothing on them, list them, too: background is worth learning",
+                               [printable(name) for name in names[:EXAMPLES]], len(names))
 
 
 def _what_is_there(part: _Part, missing: list[int]) -> str:
@@ -354,12 +438,17 @@ def _of_classes(parts: list[_Part]) -> Iterator[Finding]:
     for part in parts:
         foreign = [row for row in part.examined.categories if train and (row["id"], str(row.get("name"))) not in table
                    and row["id"] not in part.examined.headings]
-        if foreign:
-            known = [f"{row['id']} {row.get('name')!r}" for row in train.examined.categories] if train else []
-            rows = [f"{row['id']} {row.get('name')!r}" for row in foreign]
+        if foreign and train:
+            own, known = ([f"{row['id']} {row.get('name')!r}" for row in rows]
+                          for rows in (foreign, train.examined.categories))
+            if _names(part) == _names(train):
+                yield part.finding("classes with other ids", NOTE,
+                                   f"categories {few(own)} have other ids in the training data, {few(known, 8)}; their "
+                                   f"names are the same, by which they are taken", own)
+                continue
             yield part.finding("classes that training does not have", STOP,
-                               f"categories {few(rows)} are not among those of the training data, {few(known, 8)}; give "
-                               f"both the same ids and names", rows)
+                               f"categories {few(own)} are not among those of the training data, {few(known, 8)}; give "
+                               f"both the same ids and names", own)
     learnt = summaries["train"].classes if train else {}
     for split, classes in ((split, summary.classes) for split, summary in summaries.items() if train):
         def found(kind: str, names: list[str], where: str, consequence: str, split: str = split) -> Iterator[Finding]:
@@ -377,6 +466,11 @@ def _of_classes(parts: list[_Part]) -> Iterator[Finding]:
         unseen = [name for name, n in learnt.items() if n and not classes.get(name)]
         yield from found("classes that are not scored", unseen,
                          f"with objects in train, but none in {split}", f"{split} does not measure them")
+
+
+def _names(part: _Part) -> list[str]:
+    """The names of the classes, in order."""
+    return sorted(str(row.get("name")) for row in part.examined.categories if row["id"] not in part.examined.headings)
 
 
 def _of_shared(parts: list[_Part]) -> Iterator[Finding]:
@@ -451,7 +545,41 @@ class _Seen(NamedTuple):
     digest: str = ""
 
 
-def _opened(path: Path, channels: int) -> _Seen:
+def _look(parts: list[_Part], look: Callable[[Path, tuple[Any, Any]], _Seen], threads: int,
+          progress: Callable[[int, int], None] | None) -> list[dict[int, _Seen]]:
+    """What ``look`` says of each file, given its path and the size that is annotated: for each part, by place."""
+    tasks = [(k, i) for k, part in enumerate(parts) for i in part.there()]
+    steps = [tasks[first:first + STEP] for first in range(0, len(tasks), STEP)]
+    seen: list[dict[int, _Seen]] = [{} for _ in parts]
+
+    def of_step(step: list[tuple[int, int]]) -> list[_Seen]:
+        rows = [(parts[k], parts[k].examined.images[i], i) for k, i in step]
+        return [look(part.folder / str(part.files[i]), (row.get("height"), row.get("width"))) for part, row, i in rows]
+
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for step, found in zip(steps, pool.map(of_step, steps)):
+            for (k, i), one in zip(step, found):
+                seen[k][i] = one
+            done += len(step)
+            if progress is not None:
+                progress(done, len(tasks))
+    return seen
+
+
+def _header(path: Path, said: tuple[Any, Any]) -> _Seen:
+    """Reads an image's header, and where it disagrees with the size that is ``said``, EXIF's orientation."""
+    try:
+        size = image_size(path)
+        if size == said or path.suffix.lower() == ".npy":
+            return _Seen("", size)
+        with Image.open(path) as image:
+            return _Seen("", size, image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGED as error:
+        return _Seen(str(error))
+
+
+def _opened(path: Path, said: tuple[Any, Any], channels: int) -> _Seen:
     """Reads an image as training does; of a JPEG, the pixels are decoded at an eighth of the size."""
     try:
         content = path.read_bytes()
@@ -494,32 +622,27 @@ def _kinds(image: Image.Image, content: bytes, channels: int) -> list[str]:
     return kinds
 
 
-def _of_pixels(parts: list[_Part], channels: int, progress: Callable[[int, int], None] | None) -> Iterator[Finding]:
-    tasks = [(k, i) for k, part in enumerate(parts) for i in part.there()]
-    seen: dict[tuple[int, int], _Seen] = {}
-    with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
-        paths = [parts[k].folder / str(parts[k].files[i]) for k, i in tasks]
-        for n, (task, found) in enumerate(zip(tasks, pool.map(lambda path: _opened(path, channels), paths)), 1):
-            seen[task] = found
-            if progress is not None:
-                progress(n, len(tasks))
-    for k, part in enumerate(parts):
-        mine = {i: found for (of, i), found in seen.items() if of == k}
+def _of_headers(parts: list[_Part], seen: list[dict[int, _Seen]]) -> Iterator[Finding]:
+    for part, mine in zip(parts, seen):
         bad = [i for i, found in mine.items() if found.error]
         if bad:
             yield part.finding("images that cannot be read", STOP, printable(mine[bad[0]].error),
                                [part.named(i) for i in bad[:EXAMPLES]], len(bad))
         yield from _other_sizes(part, mine)
+
+
+def _of_pixels(parts: list[_Part], seen: list[dict[int, _Seen]]) -> Iterator[Finding]:
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for k, (part, mine) in enumerate(zip(parts, seen)):
         kinds = Counter(kind for found in mine.values() for kind in found.kinds)
         if kinds:
             unusual = [i for i, found in mine.items() if found.kinds]
             yield part.finding("kinds of image files", NOTE,
                                "; ".join(f"{counted(n, 'image')}: {kind}" for kind, n in kinds.items()),
                                [f"{part.named(i)}: {', '.join(mine[i].kinds)}" for i in unusual[:EXAMPLES]], len(unusual))
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for task, found in seen.items():
-        if found.digest:
-            groups.setdefault(found.digest, []).append(task)
+        for i, found in mine.items():
+            if found.digest:
+                groups.setdefault(found.digest, []).append((k, i))
     yield from _same_files(parts, [places for places in groups.values() if len(places) > 1])
 
 

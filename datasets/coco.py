@@ -12,7 +12,8 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.annotations import LAYOUT, checked, class_table, counted, few, index, masks, num_classes, read_json
+from datasets.annotations import LAYOUT, checked, class_table, index, masks, num_classes, read_json
+from datasets.examination import counted, few
 from datasets.file_cache import FileCache
 from datasets.flat import Numbers, Segmentations, Strings
 from datasets.images import Picture, height_width, read_image

@@ -6,7 +6,6 @@ colour: the id is R + 256 G + 256² B, and 0 is void, which belongs to none.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections import Counter
@@ -22,17 +21,9 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.annotations import (
-    COCO_CATEGORIES,
-    check_id,
-    check_image,
-    counted,
-    few,
-    index,
-    is_whole,
-    num_classes,
-)
+from datasets.annotations import COCO_CATEGORIES, index, num_classes, read_json
 from datasets.coco import CocoDetection, Transforms
+from datasets.examination import counted, few, is_whole
 from datasets.file_cache import FileCache
 from datasets.flat import Numbers, Strings
 from datasets.images import DAMAGED
@@ -368,7 +359,7 @@ def number_segments(ids: np.ndarray, listed: Sequence[int] | np.ndarray, where: 
 def read_panoptic(path: Path) -> dict[str, Any]:
     """The panoptic json at ``path``, checked. Raises FileNotFoundError, or ValueError with the file, the row and a
     remedy."""
-    data = _read_json(path)
+    data = read_json(path, LAYOUT)
     for part in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(part), list):
             raise ValueError(f"{path}: has no list '{part}'; COCO's panoptic format has the lists 'images', "
@@ -377,11 +368,11 @@ def read_panoptic(path: Path) -> dict[str, Any]:
         if not data[part]:
             raise ValueError(f"{path}: the list '{part}' is empty; nothing can be learnt or scored without {part}")
         for i, row in enumerate(data[part]):
-            check_id(path, part, i, row)
+            _check_id(path, part, i, row)
         if twice := _twice(row["id"] for row in data[part]):
             raise ValueError(f"{path}: '{part}' has several rows with the same id: {few(twice)}; give each its own")
     for image in data["images"]:
-        check_image(path, image)
+        _check_image(path, image)
     for category in data["categories"]:
         where = f"{path}: category id {category['id']}"
         if not isinstance(category.get("name"), str):
@@ -399,16 +390,21 @@ def read_panoptic(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"annotations {path} are not there. {LAYOUT}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no valid json at line {error.lineno}, column {error.colno} (character {error.pos} "
-                         f"of {len(error.doc)}): {error.msg}; if cut short, download or export it again") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no valid json ({error}); download or export it again") from None
+def _check_id(path: Path, part: str, i: int, row: Any) -> None:
+    """ValueError, naming file and row, unless ``row`` of the list ``part`` has an id that is a whole number."""
+    if not isinstance(row, dict) or not is_whole(row.get("id")):
+        raise ValueError(f"{path}: row {i} (counted from 0) of '{part}' has no 'id' that is a whole number; give each "
+                         f"row its own")
+
+
+def _check_image(path: Path, image: dict[str, Any]) -> None:
+    """ValueError, naming file and image, unless it has a file name, a width and a height."""
+    if not isinstance(image.get("file_name"), str):
+        raise ValueError(f"{path}: image id {image['id']} has no 'file_name'; add it")
+    for side in ("width", "height"):
+        if not is_whole(image.get(side)) or image[side] < 1:
+            raise ValueError(f"{path}: image id {image['id']} ({image['file_name']}) has {side} {image.get(side)!r}; a "
+                             f"whole number of pixels, at least 1, is needed")
 
 
 def _twice(ids: Iterable[int]) -> list[int]:

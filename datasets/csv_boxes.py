@@ -9,26 +9,32 @@ nor box is an image without objects.
 from __future__ import annotations
 
 import csv
-import io
 import re
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets.annotations import counted, few
+from datasets.examination import counted, few
+from datasets.images import image_sizes
 from datasets.split import (
     SPLIT_NAMES,
+    SPLITS,
     Part,
     Put,
     Split,
     by_image,
-    image_sizes,
     inner_path,
     is_region,
-    losses,
     need_plain_names,
     number,
+    one_each,
+    packed,
     problems_found,
+    stamp,
+    unpacked,
+    what_is_lost,
 )
 
 FILE = ("filename", "file", "file_name", "image", "image_path", "path", "image_name")
@@ -39,29 +45,21 @@ SIZE = ("image_width", "image_height")
 
 
 def find(path: Path) -> dict[str, Split]:
-    """The parts of a data set in CSV: the file at ``path`` and, where its name is that of a part, the files beside it; or
-    those in the folder ``path``; or ``_annotations.csv`` in its folders ``train/ valid/ test/``."""
+    """The parts of a data set in CSV: the file at ``path`` and, where its name or folder is that of a part, those of the
+    others; or those in the folder ``path``; or ``_annotations.csv`` in its folders ``train/ valid/ test/``."""
     if path.is_file():
         if path.suffix.lower() != ".csv":
             return {}
-        if _part(path.stem) is None:
+        below = path.name == "_annotations.csv" and path.parent.name in SPLIT_NAMES
+        if not below and _part(path.stem) is None:
             reader = _Reader({"train": path})
             return {"train": Split(path, reader.images["train"], partial(reader.read, "train"))}
-        meant, path = path, path.parent
+        meant, path = path, path.parent.parent if below else path.parent
     else:
         meant = None
-    files: dict[str, Path] = {}
-    for file in sorted([*path.glob("*.csv"), *path.glob("*/_annotations.csv")]):
-        split = _part(file.parent.name if file.name == "_annotations.csv" else file.stem)
-        if split is None:
-            continue
-        if split in files and meant in (file, files[split]):
-            files[split] = meant
-        elif split in files:
-            raise ValueError(f"{path} has several files for the part '{split}': {files[split].name}, {file.name}; name "
-                             f"the one that is meant")
-        else:
-            files[split] = file
+    named = ((_part(file.parent.name if file.name == "_annotations.csv" else file.stem), file)
+             for file in sorted([*path.glob("*.csv"), *path.glob("*/_annotations.csv")]))
+    files = one_each(path, ((split, file) for split, file in named if split is not None), meant)
     reader = _Reader(files)
     return {split: Split(file, reader.images[split], partial(reader.read, split)) for split, file in files.items()}
 
@@ -71,22 +69,43 @@ def _part(stem: str) -> str | None:
     return SPLIT_NAMES.get(match[1]) if match else None
 
 
+def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The header and the rows that are not empty, with the number of their last line. Raises ValueError."""
+    with open(file, encoding="utf-8-sig", newline="") as content:
+        reader = None
+        try:
+            first = content.readline()
+            reader = csv.reader(chain([first], content), delimiter=max(",;\t", key=first.count), strict=True)
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if any(cells) or reader.line_num == 1:
+                    yield reader.line_num, cells
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: {error}; save it as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{file}, line {reader.line_num if reader else 1}: {error}; a quotation mark is not closed, "
+                             f"or stands within a name") from None
+
+
+@lru_cache(maxsize=2 * len(SPLITS))
+def _parsed_once(file: Path, _: tuple[int, int]) -> tuple[frozenset[str], bytes]:
+    """A file's classes and its lines, packed, as long as the file is the same."""
+    lines = list(_lines(file))
+    table = _Table(file, lines)
+    names = frozenset(row[table.columns["class"]] for _, row in table.rows if len(row) == table.width)
+    return names - {""}, packed(lines)
+
+
 class _Table:
     """The rows of a file as text, and what its columns are."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, lines: Iterable[tuple[int, list[str]]]) -> None:
         self.file = file
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: {error}; save it as UTF-8") from None
-        first = text.split("\n", 1)[0]
-        self.delimiter = max(",;\t", key=first.count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter)
-        header = [name.strip().lower() for name in next(reader, [])]
+        self.rows = iter(lines)
+        _, header = next(self.rows, (1, []))
+        header = [name.lower() for name in header]
         self.width = len(header)
         self.columns = self._columns(header)
-        self.rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
         told = ", ".join(f"{what} from {names}" for what, names in self.told.items())
         self.note = f"{file}: columns understood as {told}"
         if ignored := [name for i, name in enumerate(header) if name and i not in self.columns.values()]:
@@ -139,29 +158,34 @@ class _Reader:
         home = file.parent
         places = [home, *(home / place / name for name in (split, file.stem, "valid" * (split == "val"))
                           for place in ("", "images") if name), home / "images"]
+        names: dict[str, None] = {}
         try:
-            table = _Table(file)
+            table = _Table(file, _lines(file))
+            for _, row in table.rows:
+                if len(row) == table.width:
+                    names[row[table.columns["file"]]] = None
+                if len(names) == 50:
+                    break
         except ValueError:
             return home                                                 # what is wrong is said when it is read
-        names = list(dict.fromkeys(row[table.columns["file"]] for _, row in table.rows if len(row) == table.width))[:50]
         there = {place: sum((place / name).is_file() for name in names) for place in places if place.is_dir()}
         return max(there, key=lambda place: there[place], default=home)
 
-    @cached_property
     def names(self) -> list[str]:
-        found = set()
+        """The classes of all parts, in order."""
+        found: set[str] = set()
         for file in self.files.values():
             try:
-                table = _Table(file)
+                found |= _parsed_once(file, stamp(file))[0]
             except (OSError, ValueError):
                 continue                                                # which reading this part says
-            found |= {row[table.columns["class"]] for _, row in table.rows if len(row) == table.width}
-        return sorted(found - {""})
+        return sorted(found)
 
     def read(self, split: str) -> dict[str, Any]:
+        """A part in COCO's form. ValueError names the lines that cannot be read."""
         file, root = self.files[split], self.images[split]
-        table = _Table(file)
-        ids = {name: i for i, name in enumerate(self.names, 1)}
+        table = _Table(file, unpacked(_parsed_once(file, stamp(file))[1]))
+        ids = {name: i for i, name in enumerate(self.names(), 1)}
         problems: list[str] = []
         rows: list[tuple[str, str, dict[str, Any] | None]] = []
         said: dict[str, tuple[tuple[int, int], int]] = {}
@@ -239,7 +263,7 @@ def write(folder: Path, parts: dict[str, Part], put: Put) -> list[str]:
     """Write ``train.csv`` and the like with the images in ``train/`` and the like; returns what there is to say."""
     names = {row["id"]: row["name"] for part in parts.values() for row in part.data["categories"]}
     need_plain_names(names.values(), "CSV")
-    notes = losses(parts, "CSV")
+    notes = what_is_lost(parts, "CSV")
     used: set[int] = set()
     for split, part in parts.items():
         (folder / split).mkdir(parents=True)

@@ -112,6 +112,7 @@ class _Examination:
         self.mend: dict[str, Any] = {}
 
     def examined(self) -> Examined:
+        """All looks, in an order in which each knows what the earlier ones found."""
         self._images()
         names = self._category_names()
         image = self._references("image_id", self.image_place, "images", self._no_such_image)

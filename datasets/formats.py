@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from datasets import csv_boxes, voc, yolo
-from datasets.annotations import LAYOUT, counted, few, read_json
-from datasets.split import SPLIT_NAMES, SPLITS, Format, Part, Put, Split, inner_path
+from datasets.annotations import LAYOUT, read_json
+from datasets.examination import counted, few
+from datasets.split import SPLIT_NAMES, SPLITS, Format, Part, Put, Split, inner_path, one_each
 
 __all__ = ["FORMATS", "Format", "Split", "coco_layout", "recognise", "write_coco"]
 
@@ -31,10 +32,10 @@ def recognise(path: str | Path) -> Format:
     COCO json in the layout of 2017 (``annotations/instances_train2017.json`` with ``train2017/``; other years, none,
     and ``images/train2017/`` too) or as ``_annotations.coco.json`` in ``train/ valid/ test/``; YOLO, see
     ``datasets.yolo``; Pascal VOC, see ``datasets.voc``; boxes in CSV, see ``datasets.csv_boxes``. Nothing but names of
-    files and a YOLO's yaml is read here. Parts that are not there are left out.
+    files, a YOLO's yaml with its lists and the first rows of a CSV is read here. Parts that are not there are left out.
 
     Raises FileNotFoundError where there is no such path, and ValueError, with what was looked for and what is there,
-    where it is none of these or could be several.
+    where it is none of these, could be several or has two files for one part.
     """
     path = Path(path)
     if not path.exists():
@@ -80,18 +81,19 @@ def find_coco(path: Path) -> dict[str, Split]:
     folder = root / "annotations"
     if not folder.is_dir():
         return {}
-    families: dict[tuple[str, str], dict[str, Path]] = {}
+    pairs: dict[tuple[str, str], list[tuple[str, Path]]] = {}
     for file in sorted(folder.glob("*.json")):
-        match = re.fullmatch(r"(instances_)?(train|val|valid|test)(\d{4}|)", file.stem)
+        match = re.fullmatch(rf"(instances_)?({'|'.join(SPLIT_NAMES)})(\d{{4}}|)", file.stem)
         if match:
-            families.setdefault((match[1] or "", match[3]), {})[SPLIT_NAMES[match[2]]] = file
-    if any(prefix for prefix, _ in families):                           # beside them train.json is something else
-        families = {key: files for key, files in families.items() if key[0]}
+            pairs.setdefault((match[1] or "", match[3]), []).append((SPLIT_NAMES[match[2]], file))
+    if any(prefix for prefix, _ in pairs):                              # beside them train.json is something else
+        pairs = {key: found for key, found in pairs.items() if key[0]}
     if meant is not None:
-        families = {key: files for key, files in families.items() if meant in files.values()}
-        if not families:
-            raise ValueError(f"{meant}: the name says nothing of training or validation; {LOOKED_FOR}")
-    elif len(families) > 1:
+        pairs = {key: found for key, found in pairs.items() if meant in (file for _, file in found)}
+    families = {key: one_each(folder, found, meant) for key, found in pairs.items()}
+    if meant is not None and not families:
+        raise ValueError(f"{meant}: the name says nothing of training or validation; {LOOKED_FOR}")
+    if len(families) > 1:
         complete = {key: files for key, files in families.items()
                     if {"train", "val"} <= files.keys()
                     and all((place := _images_of(root, file)).is_dir() and place != root / "images"
@@ -116,9 +118,9 @@ def find_coco_splits(path: Path) -> dict[str, Split]:
     root = path.parent.parent if path.is_file() and path.name == ROBOFLOW else path
     if not root.is_dir() or path.is_file() and path.name != ROBOFLOW:
         return {}
-    return {SPLIT_NAMES[name]: Split(root / name / ROBOFLOW, root / name, partial(read_json, root / name / ROBOFLOW))
-            for name in sorted(os.listdir(root), reverse=True)
-            if name in SPLIT_NAMES and (root / name / ROBOFLOW).is_file()}
+    files = one_each(root, ((SPLIT_NAMES[name], root / name / ROBOFLOW) for name in sorted(os.listdir(root))
+                            if name in SPLIT_NAMES and (root / name / ROBOFLOW).is_file()), path)
+    return {split: Split(file, file.parent, partial(read_json, file)) for split, file in files.items()}
 
 
 FORMATS: dict[str, Callable[[Path], dict[str, Split]]] = {

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as rle
 from torch import Tensor
 
-from datasets.annotations import counted, few
 from datasets.coco import CocoDetection, Transforms
-from datasets.images import Picture, height_width
+from datasets.examination import counted, few
+from datasets.flat import Numbers
+from datasets.images import Picture, height_width, to_8_bits
 from detr.distributed import say
 from detr.structures import Category
 
@@ -25,9 +26,9 @@ def from_dataset(dataset: Any, names: Sequence[str], transforms: Transforms | No
     """``dataset`` as training and evaluation take it; ``names[label]`` is the name of a label.
 
     It needs ``len()``, and its items are ``(image, target)`` in torchvision's convention: a PIL image, or a tensor ``[C,
-    H, W]``, uint8 or floating-point in 0..1; and a dict with ``boxes [N, 4]``, corners in pixels, ``labels [N]`` in
-    0..K-1, and maybe ``masks [N, H, W]``, ``area [N]``, ``iscrowd [N]`` (1: a crowd, which is no object) and ``image_id``
-    (its own for each image; else images are numbered from 1).
+    H, W]``, uint8 or floating-point in 0..1, upright; and a dict with ``boxes [N, 4]``, corners in pixels, ``labels
+    [N]`` in 0..K-1, and maybe ``masks [N, H, W]``, ``area [N]``, ``iscrowd [N]`` (1: a crowd, which is no object) and
+    ``image_id`` (its own for each image; else images are numbered from 1). Images come in the order of these ids.
 
     Every item is read once here, for its size and objects, and again when it is wanted; so it has to be the same each
     time: what draws at random belongs into ``transforms`` (``datasets.transforms``). The other arguments are as for
@@ -61,6 +62,7 @@ class PythonDetection(CocoDetection):
             for row in rows:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **row})
         self._check_ids(images)
+        self._items = Numbers(sorted(range(len(images)), key=lambda i: images[i]["id"]))
         form = {"images": images, "annotations": annotations,
                 "categories": [{"id": label, "name": name} for label, name in enumerate(names)]}
         # As text in a tensor: evaluation alone needs it, and objects of Python would be copied into each worker.
@@ -69,15 +71,17 @@ class PythonDetection(CocoDetection):
                          read=self._stored, ignore_regions=ignore_regions)
 
     def image(self, i: int) -> Picture:
-        """The picture of item ``i`` before ``transforms``."""
-        return as_picture(_item(self.dataset, i)[0], i, self.channels)
+        """The picture of image ``i`` before ``transforms``."""
+        item = self._items[i]
+        return as_picture(_item(self.dataset, item)[0], item, self.channels)
 
     def __getitem__(self, i: int) -> Any:
         image, target = self.image(i), self.target(i)
         size = target["size"].tolist()
         if list(height_width(image)) != size:
-            raise ValueError(f"item {i}: its image is now {list(height_width(image))} (height, width) and was {size} "
-                             f"before; an item must be the same each time: move what draws at random into transforms")
+            raise ValueError(f"item {self._items[i]}: its image is now {list(height_width(image))} (height, width) and "
+                             f"was {size} before; an item must be the same each time: move what draws at random into "
+                             f"transforms")
         return self.transforms(image, target) if self.transforms else (image, target)
 
     def _stored(self) -> dict[str, Any]:
@@ -96,12 +100,20 @@ class PythonDetection(CocoDetection):
 
 
 def as_picture(image: Any, i: int, channels: int) -> Picture:
-    """The image of item ``i`` as ``read_image`` would give it."""
+    """The image of item ``i`` as ``read_image`` would give it. Raises TypeError and ValueError, naming the item."""
     if isinstance(image, Image.Image):
         if channels not in (1, 3):
             raise TypeError(f"item {i}: image is a PIL image; {channels} channels (--in_channels) need a tensor "
                             f"[{channels}, H, W]")
-        return image.convert("L" if channels == 1 else "RGB")
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in range(2, 9):
+            raise ValueError(f"item {i}: image has EXIF orientation {orientation}, so that boxes may be of the picture "
+                             f"as stored or upright; call ImageOps.exif_transpose(image) in the data set, boxes must be "
+                             f"of the upright picture (or, to keep it as stored, give Image.fromarray(np.array(image)))")
+        try:
+            return to_8_bits(image).convert("L" if channels == 1 else "RGB")
+        except ValueError as error:
+            raise ValueError(f"item {i}: image is of Pillow's mode {image.mode}; {error}") from None
     if not isinstance(image, Tensor):
         raise TypeError(f"item {i}: image is {_kind(image)}; give a PIL image or a tensor [C, H, W]")
     if image.dim() != 3 or image.shape[0] != channels or 0 in image.shape:
@@ -174,7 +186,7 @@ def _rows(target: dict[str, Any], i: int, height: int, width: int, names: list[s
     if return_masks:
         if "masks" not in target:
             raise ValueError(f"item {i}: the target has no 'masks', which --masks needs; add them, bool [N, H, W]")
-        masks = torch.as_tensor(target["masks"]).cpu()
+        masks = _tensor(target, "masks", i, torch.bool)
         if masks.shape != (n, height, width):
             raise ValueError(f"item {i}: masks is {list(masks.shape)}; {[n, height, width]} is needed, a mask of the "
                              f"image's size for each box")
@@ -185,7 +197,7 @@ def _rows(target: dict[str, Any], i: int, height: int, width: int, names: list[s
                                "iscrowd": int(columns["iscrowd"][k]) if "iscrowd" in columns else 0,
                                "source": f"item {i}, boxes row {k}"}
         if masks is not None:
-            code = rle.encode(np.asfortranarray((masks[k] > 0).numpy(), dtype=np.uint8))
+            code = rle.encode(np.asfortranarray(masks[k].numpy(), dtype=np.uint8))
             row["segmentation"] = {"size": [height, width], "counts": code["counts"].decode()}
         rows.append(row)
     return rows

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tokenize import TokenError
 
@@ -52,7 +54,7 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
         if channels in (1, 3) and not is_array:
             with Image.open(path if content is None else io.BytesIO(content)) as image:
                 ImageOps.exif_transpose(image, in_place=True)                   # reads the pixels, too
-                return _to_8_bits(image).convert("L" if channels == 1 else "RGB")
+                return to_8_bits(image).convert("L" if channels == 1 else "RGB")
         whole = path.read_bytes() if content is None else content
         pixels = _of_array(whole) if is_array else _of_bands(whole)             # [H, W, C]
     except Image.UnidentifiedImageError:
@@ -77,7 +79,62 @@ def height_width(picture: Picture) -> tuple[int, int]:
     return (picture.shape[-2], picture.shape[-1]) if isinstance(picture, Tensor) else (picture.height, picture.width)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the picture that ``read_image`` gives for ``path``, upright, from the file's header alone.
+
+    Raises FileNotFoundError where there is no file, and OSError where it is no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} is not there; correct the path or the name (upper and lower case "
+                                f"differ), or copy the file there")
+    try:
+        if path.suffix.lower() == ".npy":
+            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+            return height, width
+        with Image.open(path) as image:
+            width, height = image.size
+            if isinstance(image, tiff.TiffImageFile):                           # some versions of Pillow turn its size
+                width, height = (image.tag_v2[tag] for tag in (tiff.IMAGEWIDTH, tiff.IMAGELENGTH))
+            turned = image.format != "PNG" or _png_may_be_turned(path)          # of a PNG, Pillow reads all pixels
+            orientation = image.getexif().get(_ORIENTATION, 1) if turned else 1
+        return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    except DAMAGED as error:
+        raise OSError(f"image {path} ({path.stat().st_size} bytes) cannot be read: {error}; copy it again, convert it to "
+                      f"JPEG or PNG, or take it out") from error
+
+
+def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | str]:
+    """For each path its (height, width), or what is wrong with the file."""
+    def size(path: Path) -> tuple[int, int] | str:
+        try:
+            return image_size(path)
+        except OSError as error:
+            return str(error)
+
+    if len(paths) < 64:
+        return [size(path) for path in paths]
+    with ThreadPoolExecutor(8) as pool:                                 # which wait for the disk together
+        return list(pool.map(size, paths))
+
+
+def _png_may_be_turned(path: Path) -> bool:
+    """Whether a PNG has a chunk that could hold an orientation; pixels are jumped over."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return True
+            start = file.read(min(length, 24)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
+                return True
+            file.seek(length - len(start) + 4, 1)
+    return False
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; others as they are. Raises ValueError where the range of the numbers is not known."""
     if image.mode.startswith("I"):                              # I;16, I;16B, ...; I (32 bits): 16 bits in older Pillow
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -113,7 +170,7 @@ def _of_bands(content: bytes) -> np.ndarray:
         pages = []
         for number in range(getattr(image, "n_frames", 1) if is_tiff else 1):
             image.seek(number)
-            pages.append(_to_8_bits(ImageOps.exif_transpose(image)))
+            pages.append(to_8_bits(ImageOps.exif_transpose(image)))
     first = pages[0]
     if first.mode in ("P", "PA"):
         first = first.convert("RGBA" if first.has_transparency_data else "RGB")

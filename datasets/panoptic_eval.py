@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datasets.annotations import counted, few, is_whole
 from datasets.coco_eval import gather_seen
 from datasets.coco_panoptic import IDS, PanopticAnnotations, encode_ids, number_segments, read_ids
+from datasets.examination import counted, few, is_whole
 from detr.distributed import is_main
 from detr.structures import Category
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from datasets.annotations import counted
 from datasets.drawn import Draw, Drawn
+from datasets.examination import counted
 from datasets.images import Picture, height_width
 from datasets.transforms import BOXES, Preprocessing, resize
 from detr.boxes import box_cxcywh_to_xyxy

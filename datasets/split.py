@@ -1,20 +1,16 @@
-"""What all formats of data sets share: their parts, finding images, sizes from headers, and what a writer is given."""
+"""What all formats of data sets share: their parts, finding images, and what a writer is given."""
 from __future__ import annotations
 
+import json
 import os
 import re
-import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
-
-from datasets.annotations import counted, few
-from datasets.images import DAMAGED
+from datasets.examination import counted, few
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -49,6 +45,53 @@ Put = Callable[[Path, Path], None]
 
 # Reading.
 
+class Note(str):
+    """What a reader says in "notes" about files that a user may have meant otherwise: a text, the few words that are the
+    same for every note of the ``kind``, and the files by name."""
+
+    def __new__(cls, text: str, kind: str, rows: Sequence[str]) -> Note:
+        note = super().__new__(cls, text)
+        note.kind, note.rows = kind, list(rows)
+        return note
+
+    kind: str
+    rows: list[str]
+
+
+def one_each(root: Path, found: Iterable[tuple[str, Path]], meant: Path | None = None,
+             remedy: str = "name the one that is meant") -> dict[str, Path]:
+    """Pairs of a part and its file or folder -> the only one of each part, or the one that is ``meant``. Raises
+    ValueError where there are several."""
+    parts: dict[str, Path] = {}
+    for split, path in found:
+        if split not in parts or path == meant:
+            parts[split] = path
+        elif parts[split] != meant:
+            several = ", ".join(os.path.relpath(one, root) for one in (parts[split], path))
+            raise ValueError(f"{root} has several files or folders for the part '{split}': {several}; {remedy}")
+    return parts
+
+
+def packed(content: Any) -> bytes:
+    """Lists, dicts, texts and numbers in little memory, which workers share. For what is read again soon: checking a
+    data set, opening its parts and scoring each read it."""
+    return zlib.compress(json.dumps(content).encode(), 1)
+
+
+def unpacked(content: bytes) -> Any:
+    """The inverse of ``packed``; tuples come back as lists."""
+    return json.loads(zlib.decompress(content))
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Time of change and bytes, zeros where there is no such file: as long as they are the same, so is its content."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 def problems_found(source: Path, problems: Sequence[str], remedy: str) -> None:
     """ValueError with the first of ``problems``, which name file and row, unless there are none."""
     if problems:
@@ -65,60 +108,6 @@ def find_images(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(at, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return sorted(found)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the picture that ``read_image`` gives for ``path``, upright, from the file's header alone.
-
-    Raises FileNotFoundError where there is no file, and OSError where it is no image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} is not there; correct the path or the name (upper and lower case "
-                                f"differ), or copy the file there")
-    try:
-        if path.suffix.lower() == ".npy":
-            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
-            return height, width
-        with Image.open(path) as image:
-            width, height = image.size
-            if isinstance(image, TiffImagePlugin.TiffImageFile):                # some versions of Pillow turn its size
-                width, height = (image.tag_v2[tag] for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
-            turned = image.format != "PNG" or _png_may_be_turned(path)          # of a PNG, Pillow reads all pixels
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if turned else 1
-        return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
-    except DAMAGED as error:
-        raise OSError(f"image {path} ({path.stat().st_size} bytes) cannot be read: {error}; copy it again, convert it to "
-                      f"JPEG or PNG, or take it out") from error
-
-
-def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | str]:
-    """For each path its (height, width), or what is wrong with the file."""
-    def size(path: Path) -> tuple[int, int] | str:
-        try:
-            return image_size(path)
-        except OSError as error:
-            return str(error)
-
-    if len(paths) < 64:
-        return [size(path) for path in paths]
-    with ThreadPoolExecutor(8) as pool:                                 # which wait for the disk together
-        return list(pool.map(size, paths))
-
-
-def _png_may_be_turned(path: Path) -> bool:
-    """Whether a PNG has a chunk that could hold an orientation; pixels are jumped over."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                return True
-            start = file.read(min(length, 24)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
-            if start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
-                return True
-            file.seek(length - len(start) + 4, 1)
-    return False
 
 
 # Writing.
@@ -176,7 +165,7 @@ KNOWN = {
 }
 
 
-def losses(parts: dict[str, Part], what: str, held: Iterable[str] = ()) -> list[str]:
+def what_is_lost(parts: dict[str, Part], what: str, held: Iterable[str] = ()) -> list[str]:
     """What ``what`` cannot hold of these parts, with counts; ``held`` are the fields of annotations that it can:
     "difficult", "segmentation"."""
     held, notes = set(held), []

@@ -154,6 +154,7 @@ class RandomHorizontalFlip:
         return hflip(image, target) if flip else (image, target)
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         never = f", never with {_listed([names.get(i, f'label {i}') for i in self.no_flip])}" if self.no_flip else ""
         return f"left-right flip of {self.p:.0%} of the images{never}"
 
@@ -168,6 +169,7 @@ class RandomResize:
         return resize(image, target, self.sizes[draw(0, len(self.sizes) - 1)], self.max_size)
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         sides, exact = ([size for size in self.sizes if isinstance(size, int) is kind] for kind in (True, False))
         limit = "" if self.max_size is None else f", long side {self.max_size} at most"
         ways = ([f"short side {_listed(sides)}{limit}"] if sides else []) + [f"height {h}, width {w}" for h, w in exact]
@@ -187,6 +189,7 @@ class RandomSizeCrop:
         return crop(image, target, (top, left, height, width))
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         return f"crop to sides of {self.least} to {self.greatest} pixels, at any place; objects are cut at the edges"
 
 
@@ -211,6 +214,7 @@ class ScaleJitter:
         return pad(image, target, (max(0, frame[1] - width), max(0, frame[0] - height)))
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         frame = RandomResize((self.size,), self.max_size).in_words(names)
         return f"{frame}, times {self.least:g} to {self.greatest:g}; then crop or pad to the size without that factor"
 
@@ -230,6 +234,7 @@ class ColorJitter:
         return v2.ColorJitter(s, s, s, s / 4)(image), target
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         s = self.strength
         return f"colours: brightness, contrast and saturation by up to {s:.0%}, hue by up to {90 * s:.0f} degrees"
 
@@ -243,6 +248,7 @@ class ToTensor:
         return planes.contiguous().float().div_(255), target    # PIL's order is pixel by pixel, slower in what follows
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         return "numbers from 0 to 1"
 
 
@@ -259,6 +265,7 @@ class Normalize:
         return F.normalize(image, self.mean, self.std), target
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         return f"minus the mean {_numbers(self.mean)}, by the standard deviation {_numbers(self.std)}"
 
 
@@ -274,6 +281,7 @@ class BoxesToFractions:
         return image, target
 
     def in_words(self, names: Mapping[int, str]) -> str:
+        """What ``describe`` says of it; ``names`` are those of the labels."""
         return "boxes as fractions of the image"
 
 

@@ -3,7 +3,7 @@
 ``data.yaml`` names the classes and the parts. Each image has a text file of its own name, in the folder that results
 when the last ``images`` of its path becomes ``labels``, or else beside it, with one row an object: ``class cx cy w h``,
 fractions of the image's width and height, or ``class x1 y1 x2 y2 x3 y3 ...``, the corners of a polygon, whose box is the
-object's. No file, or an empty one, is an image without objects.
+object's. No file, or an empty one, is an image without objects; how many have none is said.
 """
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from datasets.annotations import counted, few
+from datasets.examination import counted, few
+from datasets.images import image_sizes
 from datasets.split import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
     SPLITS,
+    Note,
     Part,
     Put,
     Split,
     by_image,
     find_images,
-    image_sizes,
     inner_path,
     is_region,
-    losses,
     need_stems,
     problems_found,
+    what_is_lost,
 )
 
 FAR = 1.5           # beyond this a number can be no fraction of an image that an annotator was a little careless with
@@ -37,40 +40,59 @@ FAR = 1.5           # beyond this a number can be no fraction of an image that a
 def find(path: Path) -> dict[str, Split]:
     """The parts of the YOLO data set whose yaml is ``path``, or lies in this folder; none where there is no such yaml.
 
-    Raises ValueError where the folder has several, or the yaml is not right.
+    Raises ValueError where the folder has several, or the yaml is not right: that which is named, or called data.yaml, or
+    names what is there. Any other that has no classes and parts is about something else.
     """
     if path.is_file():
-        return _splits(path, _read_yaml(path)) if path.suffix.lower() in (".yaml", ".yml") else {}
+        return _splits(path, _read_yaml(path, True)) if path.suffix.lower() in (".yaml", ".yml") else {}
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".yaml", ".yml") and file.is_file())
     found = {}
     for file in files:
-        try:
-            content = _read_yaml(file)
-        except ValueError:
-            if file.stem == "data" or len(files) == 1:
-                raise
-            continue
-        if content:
+        if content := _read_yaml(file, file.stem == "data"):
             found[file] = content
+    if not found and any((path / place).is_dir() for place in ("labels", "train/labels")):
+        for file in files:
+            _load(file)                                                 # one that is no valid yaml may be what is meant
     if len(found) > 1:
         raise ValueError(f"{path} has several yaml files with classes and parts: "
                          f"{few([file.name for file in found], 8)}; name the one that is meant, e.g. {next(iter(found))}")
     return next((_splits(file, content) for file, content in found.items()), {})
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """The yaml's content, all of it text: a class may be called "no" or "1". Nothing where it is about something else."""
+def _read_yaml(file: Path, meant: bool) -> dict[str, Any]:
+    """The yaml's content; nothing where it is about something else, which one that is ``meant`` is not."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)       # makes text alone: safe
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no valid yaml: {' '.join(str(error).split())}; correct it there") from None
-    places = [content.get(key) for key in ("train", "val", "valid")] if isinstance(content, dict) else []
-    if not any(place and isinstance(place, (str, list)) for place in places):
+        content = _load(file)
+    except ValueError:
+        if meant:
+            raise
         return {}
+    if not isinstance(content, dict):
+        return {}
+    values = [value for key in SPLIT_NAMES if SPLIT_NAMES[key] != "test" for value in _places(content.get(key))]
+    if not values:
+        return {}
+    if not meant and not isinstance(content.get("names"), (list, dict)):
+        home = content["path"] if isinstance(content.get("path"), str) else ""
+        if not any(_resolve(value, [file.parent / home, file.parent]) for value in values):
+            return {}
     if "names" not in content:
         raise ValueError(f"{file}: has no 'names'; add the list of class names, in the order of the numbers that the "
                          f"text files use")
     return content
+
+
+def _load(file: Path) -> Any:
+    """The yaml's content, all of it text: a class may be called "no" or "1"."""
+    try:
+        return yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)          # makes text alone: safe
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: no valid yaml: {' '.join(str(error).split())}; correct it there") from None
+
+
+def _places(value: Any) -> list[str]:
+    """The folders, lists and images that the yaml names for a part."""
+    return [place for place in (value if isinstance(value, list) else [value]) if place and isinstance(place, str)]
 
 
 def _names(file: Path, content: dict[str, Any]) -> dict[int, str]:
@@ -104,12 +126,19 @@ def _splits(file: Path, content: dict[str, Any]) -> dict[str, Split]:
         return {}
     names, notes, splits = _names(file, content), [], {}
     home = file.parent
+    if not isinstance(content.get("path", ""), str):
+        raise ValueError(f"{file}: 'path' is {content['path']!r}; one folder is needed, which train and val are within")
     bases = [home / content["path"], home] if content.get("path") else [home]
     for split in SPLITS:
-        values = content.get(split) or (content.get("valid") if split == "val" else None) or []
-        values = [values] if isinstance(values, str) else values
-        if not values:
+        keys = [key for key, part in SPLIT_NAMES.items() if part == split and content.get(key)]
+        if not keys:
             continue
+        values = _places(content[keys[0]])
+        if any(content[key] != content[keys[0]] for key in keys):
+            raise ValueError(f"{file}: has {' and '.join(keys)}, which are the same part; keep one of them")
+        if not values or isinstance(content[keys[0]], list) and len(values) < len(content[keys[0]]):
+            raise ValueError(f"{file}: {keys[0]!r} is {content[keys[0]]!r}; a folder of images, a list of images, or "
+                             f"several of them are needed")
         listing = _Listing([], [], [])
         for value in values:
             place = _resolve(value, bases)
@@ -117,6 +146,8 @@ def _splits(file: Path, content: dict[str, Any]) -> dict[str, Split]:
                 listing.missing.append(value)
             elif place.is_dir():
                 listing.folders.append(place)
+            elif place.suffix.lower() in IMAGE_SUFFIXES:
+                listing.files.append(place)
             else:
                 listing.files.extend(_listed(place, bases))
             if place is not None and place != bases[0] / value:
@@ -139,7 +170,11 @@ def _resolve(value: str, bases: list[Path]) -> Path | None:
 
 def _listed(file: Path, bases: list[Path]) -> list[Path]:
     found = []
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is no list of images ({error}); save it as UTF-8, one path a line") from None
+    for line in lines:
         if name := line.strip().removeprefix("./"):
             places = [base / name for base in (file.parent, *bases)]
             found.append(next((place for place in places if place.exists()), places[0]))
@@ -175,6 +210,7 @@ def _read(file: Path, split: str, names: dict[int, str], listing: _Listing, root
                              f"looked for {next(iter(labels.values()))} and its like; copy them there, or where no image "
                              f"has objects indeed, write one empty file")
         labels = beside
+    notes = [*notes, *_unpaired(file, split, paths, labels)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -211,6 +247,33 @@ def _read(file: Path, split: str, names: dict[int, str], listing: _Listing, root
         notes = [*notes, f"{file}: 'kpt_shape' says that rows have keypoints; boxes alone are taken"]
     return {"images": images, "annotations": annotations, "notes": notes,
             "categories": [{"id": i, "name": name} for i, name in sorted(names.items())]}
+
+
+NO_LABELS = frozenset(("classes", "notes", *SPLIT_NAMES))       # beside the images' text files: names, lists of images
+
+
+def _unpaired(file: Path, split: str, paths: dict[str, Path], labels: dict[str, Path]) -> list[Note]:
+    """What there is to say of images without a text file, and of text files without an image."""
+    notes = []
+    without = sorted(name for name, label in labels.items() if not label.is_file())
+    if without:
+        notes.append(Note(f"{file}: '{split}': {len(without)} of {counted(len(paths), 'image')} have no text file, taken "
+                          f"as without objects ({few(without)})", "images without a text file", without))
+    around: dict[Path, set[Path]] = {}                                      # folder of text files -> those of the images
+    for name, label in labels.items():
+        around.setdefault(label.parent, set()).add(paths[name].parent)
+    unused = []
+    for folder, places in around.items():
+        if folder.is_dir():
+            images = [os.path.splitext(name) for place in places if place.is_dir() for name in os.listdir(place)]
+            stems = NO_LABELS.union(stem for stem, ending in images if ending.lower() in IMAGE_SUFFIXES)
+            unused += [os.path.relpath(folder / name, file.parent) for name in os.listdir(folder)
+                       if name.endswith(".txt") and name[:-4] not in stems]
+    if unused:
+        unused.sort()
+        notes.append(Note(f"{file}: '{split}': {counted(len(unused), 'text file has', 'text files have')} no image, not "
+                          f"used ({few(unused)})", "text files without an image", unused))
+    return notes
 
 
 def _row(values: list[str], width: int, height: int) -> dict[str, Any]:
@@ -267,7 +330,7 @@ def write(folder: Path, parts: dict[str, Part], put: Put) -> list[str]:
     need_stems(parts, "their text files")
     rows = sorted({row["id"]: row["name"] for part in parts.values() for row in part.data["categories"]}.items())
     index = {id: i for i, (id, _) in enumerate(rows)}
-    notes = losses(parts, "YOLO", ["segmentation"])
+    notes = what_is_lost(parts, "YOLO", ["segmentation"])
     joined, boxed, outside, areas = [], [], 0, 0
     for split, part in parts.items():
         (folder / "images" / split).mkdir(parents=True)

@@ -140,7 +140,7 @@ def match_classes(old: Sequence[Category], new: Sequence[Category]) -> Classes:
     fresh = [c.name for c in new if c.label not in kept]
     gone = [c.name for c in old if c.label not in kept.values()]
     notes.insert(0, f"classes: {len(kept)} of {len(new)} keep their weights"
-                 + "".join(f"; {len(names)} {what}: {few(names)}" for names, what in
+                 + "".join(f"; {len(names)} {what}: {_listed(names)}" for names, what in
                            (([c.name for c in new if c.label in kept], "kept"), (fresh, "new"), (gone, "left out"))
                            if names))
     return Classes(kept, notes)
@@ -155,7 +155,8 @@ def _quoted(categories: Iterable[Category]) -> str:
     return " and ".join(f"{c.name!r} (id {c.id})" for c in categories)
 
 
-def few(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    """The first eight names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
@@ -172,6 +173,7 @@ class Row(NamedTuple):
 
 
 class Adapted(NamedTuple):
+    """A checkpoint's weights, as another model takes them."""
     state_dict: dict[str, Tensor]       # all that the model has, and no more
     rows: list[Row]                     # one for each tensor of the model, and for each that is left out
     notes: list[str]                    # what there is to say of classes
@@ -267,7 +269,7 @@ def refuse_misfits(model: nn.Module, given: Mapping[str, Any], state_dict: Mappi
     for names, what in ((missing, "missing"), (unexpected, "unexpected"), (sorted(wrong), "of another shape"),
                         (other, "different, though one in the model")):
         if names:
-            found.append(f"{len(names)} {what} ({few(names)})")
+            found.append(f"{len(names)} {what} ({_listed(names)})")
     if found:
         raise ValueError(f"{source} does not fit the model: {'; '.join(found)}. Classes, --num_queries and --masks may "
                          f"be others than the checkpoint's; the rest has to be as it was trained: leave out the flags "
@@ -416,6 +418,7 @@ WORDS = {
 
 
 class Frozen(NamedTuple):
+    """What stays as it is."""
     names: list[str]                # of the parameters
     modules: list[nn.Module]        # that are to work as in evaluation
 

@@ -179,4 +179,6 @@ class MaskHeadSmallConv(nn.Module):
         return self.out_lay(zeroed(x, at))[:, 0]
 
     def block(self, i: int, x: Tensor, at: Where | None) -> Tensor:
+        """Layer ``i`` of the head, from 1: convolution, normalisation, ReLU. ``x [N, D, H, W]`` -> ``[N, D', H, W]``;
+        ``at`` says what of it is image, so that padding does not count."""
         return F.relu(normalised(getattr(self, f"gn{i}"), getattr(self, f"lay{i}")(zeroed(x, at)), at))

@@ -28,9 +28,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import csv_boxes, voc, yolo
-from datasets.annotations import checked, counted, few
+from datasets.annotations import checked
+from datasets.examination import counted, examine, few
 from datasets.formats import recognise, write_coco
-from datasets.split import Part, Put, Split, image_sizes
+from datasets.images import image_sizes
+from datasets.split import Part, Put, Split
 
 TO = ("coco", "coco_splits", "yolo", "voc", "csv")
 
@@ -51,7 +53,8 @@ def convert(source: str | Path, target: str | Path, to: str, link: bool = False)
     """Write the data set ``source`` to the new folder ``target`` in the format ``to``; returns what there is to say.
 
     Raises FileExistsError where ``target`` is there already, and FileNotFoundError, OSError, ValueError where the source
-    is not right or the format cannot hold it; nothing is written then.
+    is not right or the format cannot hold it; nothing is written then. A part "test" that is not there is left out, which
+    is said: a YOLO's yaml often names one.
     """
     target = Path(target)
     if to not in TO:
@@ -60,7 +63,14 @@ def convert(source: str | Path, target: str | Path, to: str, link: bool = False)
         raise FileExistsError(f"{target} is there already; name a folder that is not, or remove it")
     found = recognise(source)
     notes: list[str] = []
-    parts = {split: _read(part, notes) for split, part in found.splits.items()}
+    parts = {}
+    for split, part in found.splits.items():
+        try:
+            parts[split] = _read(part, notes)
+        except FileNotFoundError as error:
+            if split != "test" or len(found.splits) == 1:
+                raise
+            notes.append(f"left out: the part 'test', of which nothing is there: {error}")
     _check_classes(parts)
     notes.insert(0, f"{source}: {found.name}, " + "; ".join(
         f"{split}: {counted(len(part.data['images']), 'image')}, {counted(len(part.data['annotations']), 'annotation')}"
@@ -89,8 +99,9 @@ def _read(split: Split, notes: list[str]) -> Part:
     """One part, checked, its images too: they have to have the size that is said, which YOLO's fractions are of."""
     data = split.read()
     said = data.pop("notes", []) if isinstance(data, dict) else []
-    data, more = checked(data, split.source)
-    notes += [*said, *(f"{split.source}: {note}" for note in more if not note.startswith("left out of the targets"))]
+    notes += [*said, *(f"{split.source}: {finding.note}" for finding in examine(data).findings
+                       if finding.note and finding.kind != "crowds")]          # what becomes of these, the writers say
+    data, _ = checked(data, split.source)
     problems = []
     sizes = image_sizes([split.images / image["file_name"] for image in data["images"]])
     for image, size in zip(data["images"], sizes):

@@ -4,15 +4,18 @@ import json
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from broken_data import BROKEN, HEIGHT, NAMES, WIDTH, Broken, boxes, break_it, json_of, read, sound, write
 from PIL import Image
 
+import main
 from datasets import check as check_module
 from datasets.check import Report, check
 from datasets.coco import CocoDetection
@@ -83,6 +86,19 @@ def test_what_stops_does_not_train(tmp_path, broken: Broken):
         is_sound(opened(folder))
 
 
+@pytest.mark.parametrize("name", ["file that is no image", "another size", "turned by EXIF"])
+def test_pixels_show_what_headers_show(tmp_path, name):
+    folder = break_it(tmp_path / "data", next(broken for broken in BROKEN if broken.name == name))
+    header, pixels = (looked(folder, pixels=pixels) for pixels in (False, True))
+    finding, = header.stops
+    same, = pixels.stops
+    assert (finding.kind, finding.count, finding.rows) == (same.kind, same.count, same.rows)
+    assert finding.message == same.message or name == "file that is no image"
+    assert looked(folder, headers=False).stops == []
+    assert header.headers and "Images were not opened" in looked(folder, headers=False).table()
+    assert "Of images, the headers alone were read" in looked(sound(tmp_path / "sound")).table()
+
+
 def test_all_faults_are_said_at_once(tmp_path):
     folder = sound(tmp_path / "data")
     train = read(folder, "train")
@@ -108,7 +124,7 @@ def with_boxes(folder: Path, made: list[list[float]], size: tuple[int, int] = (W
     train["annotations"] = [{"id": i, "image_id": 1 + i % 8, "category_id": 1, "bbox": box}
                             for i, box in enumerate(made, 1)]
     write(folder, "train", train)
-    return looked(folder)
+    return looked(folder, headers=False)
 
 
 def uniform(n: int, low, high) -> np.ndarray:
@@ -249,6 +265,112 @@ def test_csv(tmp_path):
     assert [finding.split for finding in found] == ["train", "val"] and "train.csv, line 2" in found[0].message
 
 
+def one_folder(folder: Path) -> Path:
+    """The images of all parts in ``images/``, one that none lists, and one that is of the test part."""
+    sound(folder)
+    (folder / "images").mkdir()
+    for split in ("train", "val"):
+        for path in (folder / f"{split}2017").iterdir():
+            path.rename(folder / "images" / path.name)
+        (folder / f"{split}2017").rmdir()
+    for name in ("test", "new"):
+        shutil.copyfile(folder / "images" / "1.png", folder / "images" / f"{name}.png")
+    val = read(folder, "val")
+    write(folder, "test", val | {"images": [{**val["images"][0], "id": 900, "file_name": "test.png"}], "annotations": []})
+    return folder
+
+
+def unlisted(report: Report) -> list[tuple[str, list[str]]]:
+    return [(finding.split, finding.rows) for finding in report.findings
+            if finding.kind == "image files that are not listed"]
+
+
+@pytest.mark.parametrize("parts", [("train", "val", "test"), ("train", "val")])
+def test_a_folder_of_all_parts(tmp_path, parts):
+    """What the test part lists is listed, whether that is looked through or not; a file is said once."""
+    folder = one_folder(tmp_path / "data")
+    assert unlisted(looked(folder, parts=parts)) == [("train", ["new.png"])]
+    json_of(folder, "test").write_text("{")                                 # then nobody knows whose it is
+    assert unlisted(looked(folder, parts=("train", "val"))) == []
+
+
+def test_files_that_no_part_lists_in_other_formats(tmp_path):
+    folder = yolo(tmp_path / "yolo", "0 0.5 0.5 0.2 0.2\n")
+    (folder / "train.txt").write_text("train/images/a.png\ntrain/images/b.png\n")
+    (folder / "data.yaml").write_text("train: train.txt\nval: val/images\nnames: [cat, dog]\n")
+    assert unlisted(looked(folder)) == [("train", ["c.png"])]
+    assert unlisted(looked(folder, cache=True)) and looked(folder, cache=True).cached
+    (folder / "train" / "images" / "c.png").rename(folder / "train" / "images" / "d.png")
+    assert unlisted(looked(folder, cache=True)) == [("train", ["d.png"])]   # a report is kept for these files alone
+
+    folder = tmp_path / "voc"
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for i, split in enumerate(("train", "val", "test", "")):
+        Image.effect_noise((WIDTH, HEIGHT), 40 + i).save(folder / "JPEGImages" / f"{i}.jpg")
+        if split:
+            (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{i}\n")
+            (folder / "Annotations" / f"{i}.xml").write_text(
+                f"<annotation><filename>{i}.jpg</filename><object><name>cat</name><bndbox><xmin>5</xmin><ymin>5</ymin>"
+                f"<xmax>20</xmax><ymax>20</ymax></bndbox></object></annotation>")
+    assert unlisted(looked(folder)) == unlisted(looked(folder, parts=("train", "val"))) == [("train", ["3.jpg"])]
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+def test_the_test_part_does_not_stop_a_training(tmp_path, capsys):
+    """Its faults are notes: the yaml of many an export names one that is not there."""
+    folder = yolo(tmp_path / "data", "0 0.5 0.5 0.2 0.2\n")
+    with open(folder / "data.yaml", "a") as file:
+        file.write("test: test/images\n")
+    assert run(folder) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Nothing stops training." in said and "Training does not use this part" in said and "test/images" in said
+    assert looked(folder, cache=True).findings == looked(folder, cache=True).findings
+    assert looked(folder, cache=True).cached                                # and this is known of it
+    broken = sound(tmp_path / "coco")
+    write(broken, "test", read(broken, "val") | {"images": [{"id": 1}]})
+    (broken / "test2017").mkdir()
+    assert {finding.action for finding in looked(broken).findings if finding.split == "test"} == {"note"}
+
+
+@pytest.mark.parametrize("split, what", [("train", "training"), ("val", "validation")])
+def test_a_part_that_is_missing(tmp_path, split, what):
+    folder = sound(tmp_path / "data")
+    json_of(folder, split).unlink()
+    finding, = looked(folder).stops
+    assert finding.split == split
+    assert finding.message == (f"there is no part '{split}' for {what}; add it: annotations/instances_{split}2017.json "
+                               f"with the images in {split}2017/")
+    assert run(folder, "--quick") == 1
+
+
+# -- before a training ------------------------------------------------------------------------------------------------
+
+def test_a_training_reads_headers(tmp_path, capsys):
+    """And of the test part nothing but which files it lists."""
+    folder = one_folder(tmp_path / "data")
+    settings = SimpleNamespace(model=SimpleNamespace(num_queries=100, in_channels=3, masks=False),
+                               data=SimpleNamespace(data=str(folder), coco_path=None))
+    main.check_data(settings)
+    said = capsys.readouterr().out
+    assert "COCO, train, val; nothing stops training" in said and "1 (new.png)" in said
+    Image.new("RGB", (20, 30)).save(folder / "images" / "100.png")
+    with pytest.raises(ValueError, match=r"(?s)1 fault to correct.*100.png \(image id 100\): 20 x 30 upright"):
+        main.check_data(settings)
+
+
+def test_how_far_a_look_has_got(monkeypatch, capsys):
+    """Nothing in the first seconds; then a line every ten."""
+    times = iter([100.0, 102.0, 103.5, 110.0, 114.0])
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: next(times))
+    tell = check_module.HowFar("image headers read")
+    for done in (16, 32, 48, 64, 80):
+        tell(done, 160)
+    assert capsys.readouterr().err.splitlines() == ["image headers read: 48 of 160, 8 s to go",
+                                                    "image headers read: 80 of 160, 14 s to go"]
+
+
 # -- reports that are kept --------------------------------------------------------------------------------------------
 
 def test_a_report_is_kept_for_the_same_files_alone(tmp_path):
@@ -273,6 +395,19 @@ def test_a_report_is_kept_for_the_same_files_alone(tmp_path):
     assert not again() and again()
 
 
+def test_what_headers_show_is_kept_until_the_file_changes(tmp_path):
+    folder = sound(tmp_path / "data")
+    file = folder / "train2017" / "1.png"
+    content = file.read_bytes()
+    file.write_bytes(b"<html>")
+    first, kept = looked(folder, cache=True), looked(folder, cache=True)
+    assert [finding.kind for finding in kept.stops] == ["images that cannot be read"] and kept.cached
+    assert kept._replace(cached=False) == first
+    assert looked(folder, cache=True, headers=False).stops == []            # another look, with a report of its own
+    file.write_bytes(content)
+    assert looked(folder, cache=True).stops == []
+
+
 def test_a_cache_that_cannot_be_used_is_no_fault(tmp_path, monkeypatch):
     folder = sound(tmp_path / "data")
     want = looked(folder, cache=True)
@@ -292,8 +427,11 @@ def test_files_outside_the_folder_are_never_kept(tmp_path):
     train["images"][0]["file_name"] = "../../1.png"
     write(folder, "train", train)
     assert looked(folder, cache=True).stops == [] and not looked(folder, cache=True).cached
+    content = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").unlink()
     assert [finding.kind for finding in looked(folder, cache=True).stops] == ["missing image files"]
+    (tmp_path / "1.png").write_bytes(content)
+    assert looked(folder, cache=True).stops == []                   # which copying the file mends
 
 
 # -- the script -------------------------------------------------------------------------------------------------------

@@ -320,6 +320,14 @@ def test_a_json_cut_short_is_located(dataset, data):
         dataset(text[:len(text) // 2])
 
 
+def test_what_is_no_json(dataset):
+    """Is said as of a json of instances."""
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json: no valid json, but Git LFS's pointer.*git lfs pull"):
+        dataset("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json: no valid json.*again"):
+        dataset("[" * 200_000)
+
+
 def test_missing_folders_and_files_are_named_with_the_layout(dataset, data, tmp_path, png):
     dataset(data)
     coco, panoptic = tmp_path / "coco", tmp_path / "panoptic"
@@ -335,7 +343,7 @@ def test_missing_folders_and_files_are_named_with_the_layout(dataset, data, tmp_
     with pytest.raises(FileNotFoundError, match=r"folder of panoptic PNGs .*panoptic_train2017 is not there.*\n"):
         build_coco_panoptic("train", coco, panoptic)
     (panoptic / "panoptic_train2017").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"annotations .*panoptic_train2017\.json are not there"):
+    with pytest.raises(FileNotFoundError, match=r"annotations .*panoptic_train2017\.json are not there. COCO.s panoptic"):
         build_coco_panoptic("train", coco, panoptic)
     png.unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the PNGs that .*panoptic_val2017\.json lists are not in "

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,33 @@ def test_nothing_is_overwritten_or_half_written(script, source, tmp_path, monkey
     with pytest.raises(OSError, match="disk full"):
         script.convert(source, tmp_path / "new", "yolo")
     assert os.listdir(tmp_path) == ["there"]
+
+
+def test_a_test_part_that_is_not_there_is_left_out(script, once, tmp_path):
+    """As many a yaml names one. Where it is the only part, or is there and not right, nothing is converted."""
+    copy = tmp_path / "copy"
+    shutil.copytree(once["yolo"][0], copy)
+    yaml = (copy / "data.yaml").read_text(encoding="utf-8")
+    (copy / "data.yaml").write_text(yaml + "test: images/test\n", encoding="utf-8")
+    notes = script.convert(copy, tmp_path / "voc", "voc")
+    assert sum("left out: the part 'test', of which nothing is there" in note and "names images/test" in note
+               for note in notes) == 1
+    assert sorted(os.listdir(tmp_path / "voc" / "ImageSets" / "Main")) == ["train.txt", "val.txt"]
+    (copy / "data.yaml").write_text(yaml.replace("images/val", "images/nowhere"), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="'val' names images/nowhere, which is not there"):
+        script.convert(copy, tmp_path / "again", "voc")
+    (copy / "images" / "test").mkdir()
+    (copy / "data.yaml").write_text(yaml + "test: images/test\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="'test' has no images"):
+        script.convert(copy, tmp_path / "again", "voc")
+
+
+def test_what_is_mended_is_said_and_crowds_once(script, source, tmp_path):
+    """Whatever the words: a box that is clipped in training is said, a crowd by what is lost alone."""
+    notes = script.convert(source, tmp_path / "csv", "csv")
+    assert sum("crowd" in note for note in notes) == 1
+    clipped = change(source, tmp_path, lambda data: data["annotations"][0].update(bbox=[1, 2, 30, 43], area=1290))
+    assert any("reaches beyond the image" in note for note in script.convert(clipped, tmp_path / "coco", "coco"))
 
 
 def change(source, tmp_path, what):

@@ -1,4 +1,5 @@
 """datasets/formats.py and the readers: what a folder is, what its rows mean, and what is said where they mean nothing."""
+import csv
 import os
 import pickle
 import xml.etree.ElementTree as ElementTree
@@ -12,9 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 from small_formats import make_awkward
 
 from datasets import build_dataset
+from datasets.check import check
 from datasets.formats import recognise
-from datasets.images import height_width, read_image
-from datasets.split import image_size, image_sizes, number
+from datasets.images import height_width, image_size, image_sizes, read_image
+from datasets.split import number
 
 
 def picture(path: Path, width: int = 40, height: int = 20) -> Path:
@@ -143,6 +145,59 @@ def test_a_part_that_is_not_there(tmp_path):
         build_dataset("val", tmp_path, "coco_panoptic", coco_panoptic_path=tmp_path, ignore_regions=True)
 
 
+@pytest.mark.parametrize("one, other, named", [
+    ("annotations/instances_val.json", "annotations/instances_valid.json", True),
+    ("val/_annotations.coco.json", "valid/_annotations.coco.json", True),
+    ("val/a.xml", "valid/b.xml", False), ("val.csv", "valid.csv", True), ("val.csv", "valid/_annotations.csv", True)])
+def test_two_files_for_one_part(tmp_path, one, other, named):
+    for file in (one, other, one.replace("val", "train")):
+        text(tmp_path / file, EMPTY if file.endswith("json") else "filename,class,xmin,ymin,xmax,ymax\n")
+    with pytest.raises(ValueError, match=rf"has several files or folders for the part 'val': .*val.*, .*valid.*; "
+                                         rf"{'name' if named else 'rename'} the one that is"):
+        recognise(tmp_path)
+    for file in (one, other) if named else ():
+        found = recognise(tmp_path / file).splits
+        assert list(found) == ["train", "val"] and found["val"].source == tmp_path / file
+
+
+def test_val_valid_and_validation_are_the_same(tmp_path):
+    for k, name in enumerate(("val", "valid", "validation")):
+        text(tmp_path / f"{k}" / "annotations" / f"instances_{name}2017.json", EMPTY)
+        assert recognise(tmp_path / f"{k}").splits["val"].images == tmp_path / f"{k}" / f"{name}2017"
+        voc = tmp_path / f"voc{k}"
+        text(voc / "Annotations" / "a.xml", voc_xml())
+        text(voc / "ImageSets" / "Main" / "train.txt", "")
+        text(voc / "ImageSets" / "Main" / f"{name}.txt", "a\n")
+        assert recognise(voc).splits["val"].source.name == f"{name}.txt"
+        yolo = tmp_path / f"yolo{k}"
+        picture(yolo / "images" / "a.png")
+        text(yolo / "labels" / "a.txt", "")
+        text(yolo / "data.yaml", f"train: images\n{name}: images\nnames: [a]")
+        assert list(recognise(yolo).splits) == ["train", "val"]
+    text(voc / "ImageSets" / "Main" / "val.txt", "a\n")
+    with pytest.raises(ValueError, match="part 'val': .*val.txt, .*validation.txt; rename the one that is not meant"):
+        recognise(voc)
+    text(yolo / "data.yaml", "train: images\nval: images\nvalid: other\nnames: [a]")
+    with pytest.raises(ValueError, match="data.yaml: has val and valid, which are the same part; keep one"):
+        recognise(yolo)
+
+
+@pytest.mark.parametrize("content", ["train: true\nlr: 0.1", "train: [1, 2]\nnames: run", "a: [", "val: images/nowhere",
+                                     "- a\n- b", "path: [a]\ntrain: x"])
+def test_a_yaml_about_something_else_is_no_data(tmp_path, content):
+    for part in ("train", "val"):
+        text(tmp_path / "annotations" / f"instances_{part}.json", EMPTY)
+    text(tmp_path / "config.yaml", content)
+    assert recognise(tmp_path).name == "COCO"
+    text(tmp_path / "config.yaml", "train: annotations")                       # a place that is there
+    with pytest.raises(ValueError, match="config.yaml: has no 'names'; add the list"):
+        recognise(tmp_path)
+    text(tmp_path / "config.yaml", content)
+    if "train" in content:
+        with pytest.raises(ValueError, match="config.yaml: "):                  # named: it is meant
+            recognise(tmp_path / "config.yaml")
+
+
 # -- YOLO -------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -207,6 +262,9 @@ def test_all_bad_rows_are_counted(yolo):
     ("names: {a: b}", "'names' has the keys a; whole numbers are needed"),
     ("nc: 3", "data.yaml: has no 'names'; add the list"),
     ("names: [a", "data.yaml: no valid yaml"),
+    ("names: [a]\npath: [b]", r"data.yaml: 'path' is \['b'\]; one folder is needed"),
+    ("names: [a]\nval: {a: b}", "data.yaml: 'val' is {'a': 'b'}; a folder of images"),
+    ("names: [a]\nval: [images/train, {a: b}]", r"data.yaml: 'val' is \['images/train', {'a': 'b'}\]; a folder"),
 ])
 def test_yolo_yaml_that_is_not_right(yolo, yaml, message):
     with pytest.raises(ValueError, match=message):
@@ -229,6 +287,38 @@ def test_yolo_without_any_labels_is_an_error(yolo, tmp_path):
     text(tmp_path / "data.yaml", "train: images/training\nnames: [cat]")
     with pytest.raises(FileNotFoundError, match="'train' names images/training, which is not there"):
         recognise(tmp_path).splits["train"].read()
+
+
+def test_yolo_says_what_has_no_other_half(yolo, tmp_path, capsys):
+    for name in ("c", "sub/d"):
+        picture(tmp_path / "images" / "train" / f"{name}.png")
+        text(tmp_path / "labels" / "train" / f"{name}.txt", "")
+    for name in ("e", "sub/f", "classes"):
+        text(tmp_path / "labels" / "train" / f"{name}.txt", "0 0.5 0.5 0.1 0.1")
+    without, unused = yolo("0 0.5 0.5 0.25 0.5")["notes"]
+    assert "'train': 1 of 4 images have no text file, taken as without objects (b.png)" in without
+    assert without.kind == "images without a text file" and without.rows == ["b.png"]
+    assert "'train': 2 text files have no image, not used (labels/train/e.txt, labels/train/sub/f.txt)" in unused
+    assert unused.kind == "text files without an image" and len(unused.rows) == 2
+    build_dataset("train", data=tmp_path)
+    said = capsys.readouterr().out
+    assert "1 of 4 images have no text file" in said and "2 text files have no image" in said
+    text(tmp_path / "train.txt", "images/train/a.png\nimages/train/c.png\n")   # of b.png, another part may speak
+    text(tmp_path / "labels" / "train" / "b.txt", "")
+    (tmp_path / "labels" / "train" / "e.txt").unlink()
+    text(tmp_path / "data.yaml", "train: train.txt\nnames: [cat]")
+    assert recognise(tmp_path).splits["train"].read()["notes"] == []
+
+
+def test_yolo_single_images_and_lists_that_are_none(yolo, tmp_path):
+    yolo("0 0.5 0.5 0.25 0.5")
+    text(tmp_path / "data.yaml", "train: images/train/a.png\nval: [images/train/b.png, images/train/a.png]\nnames: [cat]")
+    assert [row["file_name"] for row in recognise(tmp_path).splits["train"].read()["images"]] == ["a.png"]
+    assert [row["file_name"] for row in recognise(tmp_path).splits["val"].read()["images"]] == ["a.png", "b.png"]
+    (tmp_path / "train.lst").write_bytes(b"\x89PNG\xff")
+    text(tmp_path / "data.yaml", "train: train.lst\nnames: [cat]")
+    with pytest.raises(ValueError, match="train.lst: is no list of images .*save it as UTF-8, one path a line"):
+        recognise(tmp_path)
 
 
 def test_yolo_keypoints_are_not_taken_for_polygons(yolo):
@@ -257,8 +347,16 @@ def test_yolo_places(tmp_path):
     text(home / "other.yaml", "train: one\nnames: [y]")
     with pytest.raises(ValueError, match="several yaml files with classes and parts: data.yaml, other.yaml; name the"):
         recognise(home)
-    text(home / "other.yaml", "lr0: 0.01")
-    assert recognise(home).name == "YOLO"
+    for content in ("lr0: 0.01", "names: [", "train: nowhere"):
+        text(home / "other.yaml", content)
+        assert recognise(home).name == "YOLO"
+    (home / "data.yaml").unlink()
+    text(home / "other.yaml", "names: [")
+    with pytest.raises(ValueError, match="is no data set"):
+        recognise(home)
+    (home / "labels").mkdir()
+    with pytest.raises(ValueError, match="other.yaml: no valid yaml"):
+        recognise(home)
 
 
 # -- Pascal VOC -------------------------------------------------------------------------------------------------------
@@ -326,6 +424,30 @@ def test_voc_sizes_and_names_of_images(voc, tmp_path):
     (tmp_path / "Annotations" / "a.xml").unlink()
     with pytest.raises(ValueError, match="Annotations/a.xml is not there"):
         recognise(tmp_path).splits["train"].read()
+
+
+def test_voc_sizes_that_are_none_and_images_from_elsewhere(voc, tmp_path):
+    elsewhere = picture(tmp_path / "other" / "z.jpg", 30, 10)
+    moved = voc_xml("none.jpg", size=("inf", 10)).replace("<size>", f"<path>{elsewhere}</path><size>")
+    voc({"a": voc_xml(size=("inf", "inf")), "b": moved})
+    (tmp_path / "JPEGImages" / "b.jpg").unlink()
+    data = recognise(tmp_path).splits["train"].read()
+    assert [(row["width"], row["height"]) for row in data["images"]] == [(40, 20), (30, 10)]
+    note, = data["notes"]
+    assert f"1 image not in {tmp_path / 'JPEGImages'}, taken from where <path> says ({elsewhere})" in note
+
+
+def test_files_are_parsed_twice_at_most(voc, tmp_path, monkeypatch):
+    """By a check of all parts, which is followed by opening each and by scoring; and again once they change."""
+    seen, parse = [], ElementTree.parse
+    monkeypatch.setattr("xml.etree.ElementTree.parse", lambda file: seen.append(Path(file).name) or parse(file))
+    voc({"a": voc_xml(objects=voc_object()), "b": voc_xml("b.jpg")})
+    text(tmp_path / "Annotations" / "b.xml", voc_xml("b.jpg", objects=voc_object("dog and more")))
+    assert check(recognise(tmp_path), cache=False).stops == []
+    opened = [build_dataset(split, data=tmp_path) for split in ("train", "val")]
+    assert [len(part.coco.anns) for part in opened] == [2, 1]
+    assert max(map(seen.count, seen)) <= 2 and set(seen) == {"a.xml", "b.xml", "last.xml"}
+    assert {category.name for category in opened[1].categories} == {"cat", "dog and more", "zebra"}
 
 
 @pytest.mark.parametrize("xml, message", [
@@ -433,6 +555,44 @@ def test_csv_columns(table, content):
 def test_csv_that_means_nothing(table, content, message):
     with pytest.raises(ValueError, match=rf"train.csv.*{message}"):
         table(content)
+
+
+@pytest.mark.parametrize("rows, message", [
+    ('"a.png,cat,1,2,3,4\n' + "b.png,cat,1,2,3,4\n" * 9000, "line [0-9]+: field larger than field limit"),
+    ('a.png,cat,1,2,3,4\n"b.png,cat,1,2,3,4\n', "line 3: unexpected end of data"),
+    ('a.png,"big "cat" here",1,2,3,4\n', "line 2: ',' expected after"),
+])
+def test_csv_with_quotation_marks_that_are_wrong(table, rows, message):
+    with pytest.raises(ValueError, match=rf"train.csv, {message}.*; a quotation mark is not closed, or stands within a"):
+        table(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+
+
+def test_csv_is_parsed_twice_at_most(tmp_path, monkeypatch):
+    n = 400
+    for part in ("train", "val"):
+        rows = "".join(f"{i}.png,40,20,cat,1,2,3,4\n" for i in range(n))
+        text(tmp_path / f"{part}.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\n" + rows)
+    lines, reader = [], csv.reader
+
+    class Counting:
+        def __init__(self, content, **options):
+            self.rows = reader(content, **options)
+
+        line_num = property(lambda self: self.rows.line_num)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            lines.append(next(self.rows))
+            return lines[-1]
+
+    monkeypatch.setattr(csv, "reader", Counting)
+    for split in ("train", "val", "train", "val", "val"):                       # the check, both parts, and scoring
+        assert len(recognise(tmp_path).splits[split].read()["annotations"]) == n
+    assert 2 * n < len(lines) <= 4 * n
+    text(tmp_path / "val.csv", "filename,width,height,class,xmin,ymin,xmax,ymax\nz.png,40,20,cat,1,2,3,4\n")
+    assert len(recognise(tmp_path).splits["val"].read()["annotations"]) == 1
 
 
 def test_csv_alone_and_classes_of_all_parts(table, tmp_path):

@@ -2,6 +2,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from datasets import build_dataset, build_evaluators, collate, from_dataset
 from datasets.drawn import Drawn
+from datasets.images import read_image
 from datasets.sampler import TrainingBatches
 from datasets.transforms import Preprocessing, make_transforms
 from detr.structures import Category
@@ -63,6 +65,9 @@ def test_masks_and_other_channels():
     made.items[2][1]["masks"] = torch.zeros(0, 20, 30)
     opened = from_dataset(made, NAMES, return_masks=True)
     assert torch.equal(opened.target(0)["masks"], made.items[0][1]["masks"]) and opened.target(1)["masks"].all()
+    made.items[1][1]["masks"] = None
+    with pytest.raises(TypeError, match="item 1: masks is a NoneType, of which no tensor can be made"):
+        from_dataset(made, NAMES, return_masks=True)
     with pytest.raises(ValueError, match=r"item 1: the target has no 'masks', which --masks needs"):
         from_dataset(Made(), NAMES, return_masks=True)
     five = [(torch.rand(5, 8, 9), {"boxes": [], "labels": []})]
@@ -83,6 +88,48 @@ def test_it_trains_and_is_scored_as_others_are():
     judge.update({i: {"scores": torch.ones(len(row["boxes"])), **row} for i, row in (
         (i, {key: opened.target(i - 1)[key] for key in ("boxes", "labels")}) for i in (1, 2, 3))})
     assert judge.summarize()["coco_eval_bbox"][0] == pytest.approx(1)
+
+
+def test_each_image_has_its_own_boxes_whatever_the_ids():
+    ids = {1: 9, 2: 8, 3: 12, 4: 7}                                         # by grey value
+    made = [(Image.new("RGB", (30, 20), (value,) * 3),
+             {"boxes": [[value, 0, value + 1, 2]], "labels": [0], "image_id": id}) for value, id in ids.items()]
+    opened = from_dataset(made, NAMES)
+    assert list(opened.ids) == [7, 8, 9, 12]
+    for i in range(4):
+        image, target = opened[i]
+        value = image.getpixel((0, 0))[0]
+        assert target["boxes"].tolist() == [[value, 0, value + 1, 2]]
+        assert target["image_id"].tolist() == [ids[value]] == [opened.ids[i]]
+    made[3] = (Image.new("RGB", (31, 20)), made[3][1])
+    with pytest.raises(ValueError, match=r"item 3: its image is now \[20, 31\]"):
+        opened[0]
+    made[3] = ("x", made[3][1])
+    with pytest.raises(TypeError, match="item 3: image is a str"):
+        opened[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_is_as_from_a_file(tmp_path, channels):
+    ramp = Image.fromarray(np.array([[0, 800, 1500, 65535]], np.uint16))
+    ramp.save(tmp_path / "ramp.png")
+    image, _ = from_dataset([(ramp, {"boxes": [], "labels": []})], NAMES, channels=channels)[0]
+    assert np.asarray(image).reshape(4, channels)[:, 0].tolist() == [0, 3, 6, 255]
+    assert image.tobytes() == read_image(tmp_path / "ramp.png", channels=channels).tobytes()
+
+
+def test_images_that_lie_on_their_side_are_refused(tmp_path):
+    exif = Image.Exif()
+    for orientation in (6, 1):
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    side, upright = ([(Image.open(tmp_path / f"{name}.jpg"), {"boxes": [], "labels": []})] for name in (6, 1))
+    with pytest.raises(ValueError, match=r"item 0: image has EXIF orientation 6, .*ImageOps.exif_transpose\(image\) in "
+                                         r"the data set, boxes must be of the upright picture"):
+        from_dataset(side, NAMES)
+    assert from_dataset(upright, NAMES).sizes.tolist() == [[20, 30]]
+    stored = [(Image.fromarray(np.array(image)), target) for image, target in side]         # the other remedy
+    assert from_dataset(stored, NAMES).sizes.tolist() == [[20, 30]]
 
 
 def test_it_equals_the_same_data_from_files(tmp_path):
@@ -112,6 +159,10 @@ def put(key, value):
     (lambda item: item.__setitem__(0, torch.rand(40, 50, 3)), r"item 1: image is \[40, 50, 3\].*permute\(2, 0, 1\)"),
     (lambda item: item.__setitem__(0, torch.randn(3, 40, 50)), "item 1: image has values from -.*0..1 is needed"),
     (lambda item: item.__setitem__(0, torch.zeros(3, 40, 50, dtype=torch.int64)), "item 1: image is torch.int64; uint8"),
+    (lambda item: item.__setitem__(0, Image.fromarray(np.full((40, 50), 0.5, np.float32))),
+     "item 1: image is of Pillow's mode F; .*floating-point numbers of unknown range; convert it"),
+    (lambda item: item.__setitem__(0, Image.fromarray(np.full((40, 50), 70000, np.int32))),
+     "item 1: image is of Pillow's mode I; its grey values, 70000 to 70000, are not of 8 or 16 bits"),
     (lambda item: item.__setitem__(1, []), r"item 1 is a tuple; a pair \(image, target\)"),
     (lambda item: item[1].pop("labels"), "item 1: the target has no 'labels', but boxes, iscrowd, area; add it"),
     (put("boxes", torch.zeros(2, 5)), r"item 1: boxes is \[2, 5\]; \[N, 4\] is needed"),

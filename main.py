@@ -83,8 +83,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
 ]
 
 # What a training leaves in its folder.
-OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "results*.json", "panoptic*", "eval",
-           "tensorboard")
+OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "batch.png", "results*.json", "panoptic*",
+           "eval", "tensorboard")
 
 
 class Flag(argparse.Action):
@@ -344,7 +344,7 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     training, validation, preprocessing = given_data(settings, *given) if given else load_data(settings)
     torch.manual_seed(train.seed)
     model, criterion, postprocessors = build(settings, validation, training, preprocessing, device)
-    held = freeze_parts(model, train.freeze)
+    held = [] if settings.run.eval else freeze_parts(model, train.freeze)
     model, criterion = model.to(device), criterion.to(device)
     masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
     if masks:

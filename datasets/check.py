@@ -668,12 +668,12 @@ def _other_sizes(part: _Part, seen: dict[int, _Seen]) -> Iterator[Finding]:
                            f"{counted(len(turned), 'image')} annotated with width and height as before the rotation that "
                            f"their EXIF orientation asks for, while training sees them upright. If the boxes were drawn "
                            f"on the picture as it lies in the file, take the EXIF orientation out of the files; if on "
-                           f"the upright picture, exchange width and height in {part.source.name}",
+                           f"the upright picture, exchange width and height",
                            [named(*one) for one in turned[:EXAMPLES]], len(turned))
     if other:
         yield part.finding("sizes other than the files'", STOP,
                            f"{counted(len(other), 'image')} with another width and height than annotated, so that boxes "
-                           f"would be misplaced; correct width, height and boxes in {part.source.name}, or copy the "
+                           f"would be misplaced; correct width, height and boxes, or copy the "
                            f"files that were annotated here", [named(*one) for one in other[:EXAMPLES]], len(other))
 
 

@@ -111,7 +111,7 @@ class CocoDetection(Dataset):
             raise ValueError(f"image {self.image_folder / self.files[i]} has {there[1]} x {there[0]} pixels "
                              f"once its EXIF orientation is applied, but {self.annotation_file} says {width} x "
                              f"{height} for image id {self.ids[i]}, so its boxes would be misplaced; correct width, "
-                             f"height and boxes there, or copy the file that was annotated here")
+                             f"height and boxes, or copy the file that was annotated here")
         return self.transforms(image, target) if self.transforms else (image, target)
 
     def image(self, i: int) -> Picture:
@@ -203,15 +203,15 @@ class CocoDetection(Dataset):
         objects, self._boxes_xyxy, self._starts, dropped = self._clipped(objects, place)
         if dropped:
             notes.append(f"left out of the targets: {counted(len(dropped), 'box', 'boxes')} without width or height "
-                         f"inside the image (annotation {few(dropped)})")
+                         f"inside the image ({few(dropped)})")
         label = {category.id: category.label for category in self.categories}
         self._labels = torch.tensor([label[row["category_id"]] for row in objects], dtype=torch.int64)
         self._area = torch.tensor([row["area"] for row in objects], dtype=torch.float32)
         self._segmentations = Segmentations(row["segmentation"] for row in objects) if return_masks else None
         return notes
 
-    def _clipped(self, rows: list[dict], place: dict[int, int]) -> tuple[list[dict], Tensor, Tensor, list[int]]:
-        """Rows in order of images, corners inside the image, where each image's begin ``[images + 1]``, and the ids of
+    def _clipped(self, rows: list[dict], place: dict[int, int]) -> tuple[list[dict], Tensor, Tensor, list[str]]:
+        """Rows in order of images, corners inside the image, where each image's begin ``[images + 1]``, and by name
         those left out, which have no width or height there."""
         image = torch.tensor([place[row["image_id"]] for row in rows], dtype=torch.int64)
         image, order = image.sort(stable=True)
@@ -227,4 +227,4 @@ class CocoDetection(Dataset):
             (kept if inside else dropped).append(row)
         counts = torch.bincount(image[keep], minlength=len(self))
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        return kept, boxes_xyxy[keep], starts, [row["id"] for row in dropped]
+        return kept, boxes_xyxy[keep], starts, [row.get("source", f"annotation {row['id']}") for row in dropped]

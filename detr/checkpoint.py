@@ -136,8 +136,7 @@ def _read(file: Path, source: str, map_location: str | torch.device) -> Any:
                              f"nothing was run; have its author save the tensors alone (state_dict)") from None
         again = f"; to download it anew, delete {file}" if str(file) != source else "; copy or download it anew"
         raise ValueError(f"{source} is damaged, cut short or no checkpoint at all ({file.stat().st_size:,} bytes; "
-                         f"{type(error).__name__}: {reason.splitlines()[0] if reason else 'no details'}){again}"
-                         ) from error
+                         f"{type(error).__name__}){again}") from error
 
 
 def _read_safetensors(file: Path, source: str, map_location: str | torch.device) -> dict[str, Tensor]:

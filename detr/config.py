@@ -106,7 +106,7 @@ class TrainConfig:
     class_weights: str = flag("off", "'auto': classes with few objects count more in the class loss, by the inverse "
                               "square root of their numbers", ("off", "auto"))
     freeze: str = flag("", "parts of the model that stay as they are, with commas between: backbone, encoder, decoder, "
-                       "queries, class_heads, box_heads, or the beginning of parameters' names")
+                       "input_proj, queries, class_heads, box_heads, or the beginning of parameters' names")
     amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32. 'auto' is "
                     "'bf16' where the processor has it, said at start", ("off", "bf16", "auto"))
     seed: int = flag(42, "seed of weights, augmentation and order")

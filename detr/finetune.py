@@ -407,6 +407,7 @@ def query_usage(model: nn.Module, batches: Iterable[tuple[NestedTensor, Any]], n
 
 # Parts that stay as they are.
 
+PARTS = ("backbone", "encoder", "decoder", "input_proj", "queries", "class_heads", "box_heads")
 # What the parts of a model are called, beside the beginnings of their names. A decoder's heads are not part of it.
 WORDS = {
     "encoder": r"transformer\.encoder\.",
@@ -446,9 +447,10 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> Frozen:
     for part in (part.strip().rstrip(".") for several in parts for part in several.split(",")):
         found = {id(value) for name, value in tensors.items() if meant(part, name)}
         if not found:
-            words = [word for word in WORDS if any(meant(word, name) for name in tensors)]
+            words = [word for word in PARTS if any(meant(word, name) for name in tensors)]
             names = dict.fromkeys([*words, *(name.removeprefix(DETECTOR) for name in [*modules, *tensors] if name)])
-            raise ValueError(f"--freeze {part}: this model has nothing of that name{config.nearest(part, names)}")
+            raise ValueError(f"--freeze {part}: this model has no {part}; it has {', '.join(words)}" if part in PARTS else
+                             f"--freeze {part}: this model has nothing of that name{config.nearest(part, names)}")
         chosen |= found
         held |= {id(module): module for name, module in modules.items() if name and meant(part, name)}
     if all(id(parameter) in chosen or not parameter.requires_grad for parameter in model.parameters()):

@@ -278,6 +278,7 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("no_flip_classes", not data.flip, "with --no_flip"),
             ("ignore_regions", panoptic, "with --dataset_file coco_panoptic, in which every segment is an object"),
             ("frozen_stages", settings.model.from_scratch, "with --from_scratch, which trains the whole backbone"),
+            ("lr_backbone", "backbone" in train.freeze.replace(" ", "").split(","), "with --freeze backbone"),
             ("frozen_stages", run.eval, "with --eval"), ("bucket_train", run.eval, "with --eval"),
             *[(flag, not masks, "without --masks") for flag in ("mask_loss_coef", "dice_loss_coef")],
             ("panoptic_threshold", not (masks and panoptic), "without --masks and --dataset_file coco_panoptic"),

@@ -94,7 +94,7 @@ def test_boxes_are_clipped_and_what_is_no_object_is_left_out_and_counted(dataset
     assert opened.target(0)["boxes"].tolist() == [[0, 0, 15, 24], [50, 40, 64, 48], [10, 5, 30, 35]]
     said = capsys.readouterr().out
     assert "left out of the targets: 1 crowd annotation (annotation 7)" in said
-    assert "4 boxes without width or height inside the image (annotation 3, 4, 5, ...)" in said
+    assert "4 boxes without width or height inside the image (annotation 3, annotation 4, annotation 5, ...)" in said
     assert len(said.splitlines()) == 1
     assert len(opened.coco.anns) == 8 and capsys.readouterr().out == ""             # all are scored, nothing chatters
 

@@ -505,6 +505,7 @@ def test_a_backbone_that_has_learnt_may_be_fixed(trained, tmp_path):
     ("--hidden_dim 64", r"does not fit the model: \d+ of another shape .*leave out the flags that change it, or name"),
     ("--start_epoch 3", "--start_epoch needs --resume"),
     ("--lr_drop 3", r"--lr_drop has no effect with --lr_schedule cosine \(step has drops\)"),
+    ("--freeze backbone --lr_backbone 1e-3", "--lr_backbone has no effect with --freeze backbone"),
     ("--freeze bakbone", "--freeze bakbone: this model has nothing of that name; did you mean backbone"),
     ("--freeze transformer,backbone,query_embed,class_embed,bbox_embed,input_proj", "nothing is left to train"),
     ("--freeze queris", "--freeze queris: this model has nothing of that name; did you mean queries"),

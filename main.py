@@ -458,6 +458,7 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
 
 
 def classes_in_words(table: Sequence[Category]) -> str:
+    """Ids and names of the first classes of a table."""
     return few([f"{category.id} {category.name!r}" for category in table], 8)
 
 

@@ -83,6 +83,9 @@ def _build_any(split: str, data: str | Path, **options: Any) -> CocoDetection:
         what = {"train": "training", "val": "validation", "test": "test"}[split]
         raise ValueError(f"--data {data} ({found.name}) has no part '{split}' for {what}, but {there}; add it: "
                          f"{MISSING_PART[found.name].format(split=split, valid='valid' if split == 'val' else split)}")
+    if options["remove_difficult"] and found.name in ("YOLO", "CSV"):
+        raise ValueError(f"--remove_difficult: {found.name}, which --data {data} is, cannot mark an object as difficult; "
+                         f"leave it out")
     part = found.splits[split]
     return CocoDetection(part.images, part.source, read=part.read, **options)
 

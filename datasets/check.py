@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -196,10 +197,6 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
                         1, [], split=split) for split, what in TRAINED.items() if split not in format.splits]
     contents: dict[str, Any] = {}
     stats: dict[str, Stats] = {}
-
-    def unreadable(split: str, error: Exception) -> None:
-        findings.append(Finding("annotations that cannot be read", STOP, printable(str(error)), 1, [], "", split))
-
     for split, stored in format.splits.items():
         if split not in parts:
             key.update(repr((split, str(stored.source), _stats(stored.source.parent, [stored.source.name]))).encode())
@@ -207,7 +204,7 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
         try:
             contents[split] = _content(format, stored)
         except (ValueError, OSError) as error:
-            unreadable(split, error)
+            findings.append(_unreadable(split, error))
             key.update(repr((split, str(error))).encode())              # read each time, so that this is all to know
             continue
         content = contents[split]
@@ -221,28 +218,12 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
     if cache and (report := _from_cache(file)):
         return report
 
-    read = []
-    for split, content in contents.items():
-        source, folder = format.splits[split].source, format.splits[split].images
-        try:
-            data = parse_json(content, source) if isinstance(content, bytes) else content
-        except ValueError as error:
-            unreadable(split, error)
-            continue
-        examined = examine(data, masks)
-        findings += [finding._replace(split=split) for finding in examined.findings]
-        if examined.images and examined.categories:
-            files = _file_names({"images": examined.images})
-            outside = [name for name in files if name is not None and name not in stats[split]]
-            if isinstance(content, bytes) and outside:
-                cache = False                                           # the key does not know whether they are there
-                stats[split].update(_stats(folder, outside))
-            read.append(_Part(split, source, folder, examined, files, stats[split]))
-        del data
+    read, found, known = _read_parts(format, contents, stats, masks)
+    findings, cache = [*findings, *found], cache and known
     for part in read:
         findings += [*_of_files(part), *_of_objects(part, num_queries)]
     others = [stored for split, stored in format.splits.items() if split not in {part.split for part in read}]
-    findings += [*_of_unlisted(read, others), *_of_classes(read)]
+    findings += [*_of_unlisted(read, others), *_of_classes(read), *_alike(read)]
     if pixels:
         seen = _look(read, partial(_opened, channels=channels), max(4, os.cpu_count() or 1), progress)
         findings += [*_of_headers(read, seen), *_of_pixels(read, seen)]
@@ -259,6 +240,35 @@ def check(format: Format, num_queries: int | None = None, pixels: bool = False, 
 
 
 # Reading and listing.
+
+def _unreadable(split: str, error: Exception) -> Finding:
+    return Finding("annotations that cannot be read", STOP, printable(str(error)), 1, [], "", split)
+
+
+def _read_parts(format: Format, contents: dict[str, Any], stats: dict[str, Stats],
+                masks: bool) -> tuple[list[_Part], list[Finding], bool]:
+    """The parts whose annotations could be examined, what was found in them, and whether a kept report's key knows of all
+    their files: not of those outside the folder that was listed, which are added to ``stats``."""
+    read, findings, known = [], [], True
+    for split, content in contents.items():
+        source, folder = format.splits[split].source, format.splits[split].images
+        try:
+            data = parse_json(content, source) if isinstance(content, bytes) else content
+        except ValueError as error:
+            findings.append(_unreadable(split, error))
+            continue
+        examined = examine(data, masks)
+        findings += [finding._replace(split=split) for finding in examined.findings]
+        if examined.images and examined.categories:
+            files = _file_names({"images": examined.images})
+            outside = [name for name in files if name is not None and name not in stats[split]]
+            if isinstance(content, bytes) and outside:
+                known = False
+                stats[split].update(_stats(folder, outside))
+            read.append(_Part(split, source, folder, examined, files, stats[split]))
+        del data
+    return read, findings, known
+
 
 def of_note(note: str, split: str) -> Finding:
     """What a reader says of a part; only a ``Note`` is about files that may have been meant otherwise."""
@@ -466,6 +476,18 @@ def _of_classes(parts: list[_Part]) -> Iterator[Finding]:
         unseen = [name for name, n in learnt.items() if n and not classes.get(name)]
         yield from found("classes that are not scored", unseen,
                          f"with objects in train, but none in {split}", f"{split} does not measure them")
+
+
+def _alike(parts: list[_Part]) -> Iterator[Finding]:
+    """Classes whose names differ by case, ``_``, ``-`` and spaces alone, in whichever parts."""
+    spelled: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for part in parts for name in _names(part)):
+        spelled.setdefault(" ".join(re.sub(r"[_-]", " ", name.casefold()).split()), []).append(name)
+    for names in spelled.values():
+        if len(names) > 1:
+            yield Finding("classes with nearly the same name", NOTE,
+                          f"{printable(' and '.join(map(repr, names)))} are different classes as they are written; where "
+                          f"one is meant, write it alike everywhere", len(names), [printable(name) for name in names])
 
 
 def _names(part: _Part) -> list[str]:

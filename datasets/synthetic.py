@@ -94,6 +94,7 @@ class Dice:
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 def polar(degrees: list[int], radii: list[float]) -> np.ndarray:
+    """Points ``[n, 2]`` (x, y) at these angles and distances from the origin."""
     return np.stack([COS[degrees] * radii, SIN[degrees] * radii], axis=1)
 
 

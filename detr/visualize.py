@@ -441,11 +441,13 @@ def plot(axes: Axes, points: tuple[list[int], list[float]], **style: Any) -> Non
 
 
 def heading(axes: Axes, title: str, detail: str) -> None:
+    """A panel's title, and below it a line of detail."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=BLACK, pad=22)
     axes.text(0, 1.025, detail, transform=axes.transAxes, fontsize=9.5, color="#666666")
 
 
 def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The total loss of training and validation over epochs."""
     training, test = series(rows, "train_loss"), series(rows, "test_loss")
     plot(axes, training, color=BLUE, linewidth=2, label="training")
     plot(axes, test, color=ORANGE, linewidth=2, linestyle="--", label="validation")
@@ -458,6 +460,7 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The last layer's losses, those of masks where there are some, in logarithmic scale."""
     handles = []
     for key, name, colour in (("ce", "class", BLUE), ("giou", "box GIoU", GREEN), ("bbox", "box L1", ORANGE),
                               ("mask", "mask focal", PURPLE), ("dice", "mask dice", RED)):
@@ -481,6 +484,7 @@ def draw_parts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_precision(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """AP of boxes, and where there are masks and panoptic maps their AP and PQ, over epochs."""
     with_masks = any("test_coco_eval_masks" in row or "test_PQ_all" in row for row in rows)
     boxes, of_boxes = "test_coco_eval_bbox", "box " * with_masks
     curves: tuple[tuple[str, str, int | str, dict[str, Any]], ...] = (

@@ -1,7 +1,10 @@
 """Data in COCO's layout that a small model learns within seconds: one or two coloured rectangles, always around the
 same places, so that even the mean box finds some."""
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,3 +52,10 @@ def read_annotations(folder: Path, split: str) -> dict:
 
 def write_annotations(folder: Path, split: str, content: dict) -> None:
     annotation_file(folder, split).write_text(json.dumps(content))
+
+
+def damaged(data: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """A copy of ``data`` that ``change`` was called with."""
+    data = copy.deepcopy(data)
+    change(data)
+    return data

@@ -256,6 +256,15 @@ def test_yolo(tmp_path, text, action, says):
     assert len(found) == 1 and found[0].split == "train", report.table()
 
 
+def test_classes_with_nearly_the_same_name(tmp_path):
+    folder = yolo(tmp_path / "data", "0 0.5 0.5 0.2 0.2\n")
+    for names, alike in (("[red cell, Red_Cell, dog]", True), ("[red cell, redcell, dog]", False)):
+        (folder / "data.yaml").write_text(f"train: train/images\nval: val/images\nnames: {names}\n")
+        found = [finding for finding in looked(folder).findings if finding.kind == "classes with nearly the same name"]
+        assert len(found) == alike
+        assert not alike or (found[0].action == "note" and "'Red_Cell' and 'red cell'" in found[0].message)
+
+
 def test_csv(tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}.csv").write_text(f"filename,xmin,ymin,xmax,ymax,class\n{split}.png,5,5,5,20,cat\n"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from small_data import damaged
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset, collate
@@ -174,12 +175,6 @@ def test_targets_are_the_callers_own(dataset, data):
     assert opened.target(0)["boxes"].tolist() == [[10, 5, 30, 35]] * 3
     assert opened.target(0)["orig_size"].tolist() == [48, 64]
     assert len(pickle.dumps(opened)) < 10_000                                   # what each spawned worker receives
-
-
-def damaged(data, change):
-    data = copy.deepcopy(data)
-    change(data)
-    return data
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,5 +1,4 @@
 """datasets/coco_panoptic.py: json and PNGs become the right targets, and what is wrong with them is said by name."""
-import copy
 import io
 import json
 import pickle
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from small_data import damaged
 from torch.utils.data import DataLoader
 
 from datasets import collate
@@ -268,12 +268,6 @@ def test_things_as_instances_for_pycocotools(dataset, data, capsys):
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
-
-def damaged(data, change):
-    data = copy.deepcopy(data)
-    change(data)
-    return data
-
 
 @pytest.mark.parametrize("change, message", [
     (lambda d: d.pop("annotations"), "has no list 'annotations'.*'images', 'annotations' and 'categories'"),

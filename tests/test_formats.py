@@ -400,6 +400,15 @@ def test_voc_pixels(voc):
     assert "1 of 2 files of VOC's own database" in data["notes"][0]
 
 
+def test_formats_that_cannot_mark_difficult_objects(tmp_path):
+    """There the flag would have no effect."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_text("filename,xmin,ymin,xmax,ymax,class\na.png,1,1,9,9,cat\n")
+    assert len(build_dataset("train", data=tmp_path / "train.csv")) == 1
+    with pytest.raises(ValueError, match="--remove_difficult: CSV, .* cannot mark an object as difficult; leave it out"):
+        build_dataset("train", data=tmp_path / "train.csv", remove_difficult=True)
+
+
 def test_voc_difficult(voc, tmp_path, capsys):
     voc({"a": voc_xml(objects=voc_object() + voc_object("dog", more="<difficult>1</difficult>"))})
     assert build_dataset("train", data=tmp_path).target(0)["labels"].tolist() == [0, 1]

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.annotations import index
+from datasets.fast_coco_eval import JUDGES, FastCOCOeval, Found, why_not_fast
 from detr.distributed import gather_objects, is_main
 from detr.structures import Category, Detections
 
@@ -35,17 +36,23 @@ class CocoEvaluator:
     With ``masks`` predictions have run lengths, and masks are scored besides boxes; results of each kind are written
     apart, since pycocotools takes an object's area from the box where it finds one.
 
+    ``judge`` is who computes the numbers: "fast", hotcoco, or "pycocotools". They are the same, bit for bit; where the
+    fast one would differ (``why_not_fast``), pycocotools scores instead and a printed line says so.
+
     After ``summarize``: ``results``, the predictions in COCO's result format; ``eval``, pycocotools' dict of precisions
     and recalls of the boxes, in the main process (None in others).
     """
     kind = "bbox"                                               # of the predictions that ``update`` takes
 
-    def __init__(self, coco: COCO, categories: Sequence[Category], num_classes: int, masks: bool = False) -> None:
+    def __init__(self, coco: COCO, categories: Sequence[Category], num_classes: int, masks: bool = False,
+                 judge: str = "fast") -> None:
+        if judge not in JUDGES:
+            raise ValueError(f"--coco_eval {judge}: there is no such judge; there are {' and '.join(JUDGES)}")
         self.coco = coco
+        self.judge = judge
         self.masks = masks
         self.num_classes = num_classes
         self.categories = list(categories)
-        self.results: list[dict[str, Any]] | None = None
         self.eval: dict[str, Any] | None = None
         self._ids = torch.full((num_classes,), -1, dtype=torch.int64)                # label -> the data's id
         for category in categories:
@@ -55,7 +62,8 @@ class CocoEvaluator:
             if category.isthing:
                 self._ids[category.label] = category.id
         self._stuff = {category.label for category in categories if not category.isthing}
-        self._seen: dict[int, list[dict[str, Any]]] = {}                             # image id -> its results
+        self._seen: dict[int, Found] = {}                                            # image id -> its predictions
+        self._everything: dict[int, Found] | None = None                             # the same of all processes, in order
         self._without_class: Counter[int] = Counter()                                # label -> left out
 
     def update(self, predictions: Mapping[int, Detections]) -> None:
@@ -67,9 +75,9 @@ class CocoEvaluator:
                                  f"the images of the file that the evaluator was made from")
             if image_id in self._seen:
                 raise ValueError(f"predictions for image id {image_id} a second time; each image counts once")
-            self._seen[image_id] = self._as_results(image_id, detections)
+            self._seen[image_id] = self._found(image_id, detections)
 
-    def _as_results(self, image_id: int, detections: Detections) -> list[dict[str, Any]]:
+    def _found(self, image_id: int, detections: Detections) -> Found:
         scores, labels, boxes_xyxy = (detections[k].detach().cpu() for k in ("scores", "labels", "boxes"))
         if not (boxes_xyxy.isfinite().all() and scores.isfinite().all()):
             raise ValueError(f"predictions for image id {image_id} have scores or boxes that are not finite; look for "
@@ -81,16 +89,30 @@ class CocoEvaluator:
         ids = self._ids[labels]
         self._without_class.update(label for label in labels[ids < 0].tolist() if label not in self._stuff)
         boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
-        rows: list[dict[str, Any]] = [
-            {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-            for category_id, bbox, score in zip(ids.tolist(), boxes_xywh.tolist(), scores.tolist())]
-        if self.masks:
-            if len(detections.get("masks", ())) != len(rows) or rows and not isinstance(detections["masks"][0], dict):
-                raise ValueError(f"predictions for image id {image_id} have no run length for each of {len(rows)} masks; "
-                                 f"post-process them with PostProcessSegm(rle=True)")
-            for row, mask in zip(rows, detections["masks"]):
-                row["segmentation"] = mask
-        return [row for row in rows if row["category_id"] >= 0]
+        counts, size = self._run_lengths(image_id, detections, len(labels)) if self.masks else (None, None)
+        if (without := ids < 0).any():
+            boxes_xywh, scores, ids = boxes_xywh[~without], scores[~without], ids[~without]
+            counts = [code for code, out in zip(counts, without.tolist()) if not out] if counts is not None else None
+        return Found(ids.numpy(), _array(boxes_xywh), _array(scores), counts, size)
+
+    @staticmethod
+    def _run_lengths(image_id: int, detections: Detections, n: int) -> tuple[list[str], list[int] | None]:
+        """The run lengths of the masks, and the size that they share."""
+        masks: Any = detections.get("masks", ())
+        if len(masks) != n or n and not isinstance(masks[0], dict):
+            raise ValueError(f"predictions for image id {image_id} have no run length for each of {n} masks; "
+                             f"post-process them with PostProcessSegm(rle=True)")
+        sizes = {tuple(mask["size"]) for mask in masks}
+        if len(sizes) > 1:
+            raise ValueError(f"predictions for image id {image_id} have masks of different sizes, "
+                             f"{' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} (height x width); give the "
+                             f"post-processing the size of the original image")
+        return [mask["counts"] for mask in masks], list(masks[0]["size"]) if n else None
+
+    @property
+    def results(self) -> list[dict[str, Any]] | None:
+        """All processes' predictions in COCO's result format, a new list each time; None before ``summarize``."""
+        return None if self._everything is None else [row for rows in self._rows(self._kinds()) for row in rows]
 
     def summarize(self) -> dict[str, Any]:
         """Score, and print COCO's twelve lines and a table of the classes. All processes call it and get the same:
@@ -104,31 +126,36 @@ class CocoEvaluator:
         return gather_objects(scored)[0]
 
     def save_results(self, path: str | Path) -> None:
-        """Write ``results`` as json that pycocotools' ``loadRes`` reads, in the main process: the boxes to ``path``, and
+        """Write the results as json that pycocotools' ``loadRes`` reads, in the main process: the boxes to ``path``, and
         masks beside it, to ``..._masks.json``. A file appears whole or not at all."""
-        if self.results is None:
+        if self._everything is None:
             raise RuntimeError("no results to save yet; summarize() collects them from all processes, call it first")
         if is_main():
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             for kind in self._kinds():
-                file = path if kind == "bbox" else path.with_name(f"{path.stem}_masks{path.suffix}")
-                unfinished = file.with_name(file.name + ".unfinished")
-                unfinished.write_text(json.dumps(self._rows(kind)))
-                os.replace(unfinished, file)
+                name = path if kind == "bbox" else path.with_name(f"{path.stem}_masks{path.suffix}")
+                unfinished = name.with_name(name.name + ".unfinished")
+                with unfinished.open("w") as file:                  # an image at a time, in the words of one json.dumps
+                    between = "["
+                    for rows in self._rows((kind,)):
+                        if rows:
+                            file.write(between + json.dumps(rows)[1:-1])
+                            between = ", "
+                    file.write("]" if between == ", " else "[]")
+                os.replace(unfinished, name)
 
     def _kinds(self) -> tuple[str, ...]:
         return ("bbox", "segm") if self.masks else ("bbox",)
 
-    def _rows(self, kind: str) -> list[dict[str, Any]]:
-        """The results with boxes alone, or with masks alone."""
-        other = "segmentation" if kind == "bbox" else "bbox"
-        return [{key: value for key, value in row.items() if key != other} for row in self.results or ()]
+    def _rows(self, kinds: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """The results of one image after the other, with boxes alone, masks alone, or both."""
+        return (found.rows(image_id, kinds) for image_id, found in (self._everything or {}).items())
 
     def _gather(self) -> None:
         seen, without_class = gather_seen(self._seen, self._without_class)
         self.image_ids = sorted(seen)
-        self.results = [result for image_id in self.image_ids for result in seen[image_id]]
+        self._everything = {image_id: seen[image_id] for image_id in self.image_ids}
         if is_main():
             if without_class:
                 print(f"left out of the results: {without_class.total()} predictions of labels that the data does not "
@@ -138,11 +165,13 @@ class CocoEvaluator:
 
     def _score(self) -> dict[str, Any]:
         scored: dict[str, Any] = {}
+        reason = why_not_fast(self.coco, self.image_ids) if self.judge == "fast" else None
+        if reason:
+            print(f"--coco_eval fast: pycocotools scores instead: {reason}")
         for kind in self._kinds():
             chatter, lines = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(chatter):
-                judge = COCOeval(self.coco, self._detections(kind), kind)
-                judge.params.imgIds = self.image_ids
+                judge = self._loaded(kind, fast=self.judge == "fast" and not reason)
                 judge.evaluate()
                 judge.accumulate()
             with contextlib.redirect_stdout(lines):
@@ -157,11 +186,16 @@ class CocoEvaluator:
                 scored |= {"coco_eval_masks": judge.stats.tolist(), "per_class_masks": per_class}
         return scored
 
-    def _detections(self, kind: str) -> COCO:
-        """The results as pycocotools wants them; its ``loadRes`` cannot do with none."""
-        if self.results:
-            return self.coco.loadRes(self._rows(kind))                              # it adds keys of its own
-        return index({**self.coco.dataset, "annotations": []})
+    def _loaded(self, kind: str, fast: bool) -> COCOeval:
+        """The judge with ground truth and results. pycocotools' ``loadRes`` wants a dict for each, adds keys of its own,
+        and cannot do with none."""
+        if fast:
+            return FastCOCOeval(self.coco, self._everything or {}, kind)
+        rows = [row for of_image in self._rows((kind,)) for row in of_image]
+        found = self.coco.loadRes(rows) if rows else index({**self.coco.dataset, "annotations": []})
+        judge = COCOeval(self.coco, found, kind)
+        judge.params.imgIds = self.image_ids
+        return judge
 
     def _per_class(self, judge: COCOeval) -> dict[str, dict[str, float]]:
         precision = judge.eval["precision"][:, :, :, 0, -1]     # [IoU, recall, class]: all sizes, 100 detections
@@ -187,6 +221,11 @@ def gather_seen(seen: dict[int, Any], without_class: Counter[int]) -> tuple[dict
         everything.update(theirs)
         left_out += labels
     return everything, left_out
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's numbers in memory of their own, and none else's; bfloat16, which NumPy lacks, as float32."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
 
 
 def _mean(precision: np.ndarray) -> float:

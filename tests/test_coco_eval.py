@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasets.annotations import index
 from datasets.coco_eval import CocoEvaluator
 from datasets.sampler import EvaluationShard
 from detr import distributed
+from detr.postprocess import encode
 from detr.structures import Category
 
 TABLE = [Category(0, 1, "cat"), Category(1, 23, "dog"), Category(2, 56, "cow")]
@@ -204,6 +206,65 @@ def test_what_cannot_be_scored_is_named():
             evaluator.update({7: detections(broken)})
     with pytest.raises(ValueError, match="'cow' has label 2, but the model has labels 0 to 1"):
         CocoEvaluator(ground_truth(), TABLE, 2)
+
+
+def squares(*sides, size=(200, 200)):
+    """The run lengths of squares in the upper left."""
+    out = torch.zeros(len(sides), 1, *size, dtype=torch.uint8)
+    for mask, side in zip(out, sides):
+        mask[:, :side, :side] = 1
+    return encode(out)
+
+
+def test_saved_results_are_the_text_of_one_json_dump(tmp_path):
+    """Box and score in the precision in which they came, an image without any, a label that belongs to no class."""
+    coco = ground_truth()
+    for row in coco.anns.values():
+        x, y, w, h = row["bbox"]
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    evaluator = CocoEvaluator(coco, [TABLE[0], Category(2, 23, "dog")], 3, masks=True)
+    evaluator.update({9: detections() | {"masks": []}})
+    evaluator.update({8: {
+        "labels": torch.tensor([2]), "scores": torch.tensor([0.7], dtype=torch.bfloat16), "masks": squares(3),
+        "boxes": torch.tensor([[1 / 3, 0, 1, 1]], dtype=torch.float64)}})
+    evaluator.update({5: detections((0, 0.1, 1, 2, 11.1, 22), (1, 0.9, 0, 0, 1, 1), (2, 0.25, 0, 0, 4, 8))
+                      | {"masks": squares(20, 7, 0)}})
+    assert evaluator.results is None
+    evaluator.summarize()
+    evaluator.save_results(tmp_path / "results.json")
+    score, width = torch.tensor(0.1).item(), (torch.tensor(11.1) - 1).item()
+    first = {"image_id": 5, "category_id": 1}, {"image_id": 5, "category_id": 23}, {"image_id": 8, "category_id": 23}
+    boxes = ({"bbox": [1.0, 2.0, width, 20.0], "score": score}, {"bbox": [0.0, 0.0, 4.0, 8.0], "score": 0.25},
+             {"bbox": [1 / 3, 0.0, 1 - 1 / 3, 1.0], "score": 0.69921875})
+    codes = [{"segmentation": code} for code in squares(20, 0, 3)]
+    assert (tmp_path / "results.json").read_text() == json.dumps([a | b for a, b in zip(first, boxes)])
+    assert (tmp_path / "results_masks.json").read_text() == json.dumps(
+        [a | {"score": b["score"]} | c for a, b, c in zip(first, boxes, codes)])
+    assert evaluator.results == [a | b | c for a, b, c in zip(first, boxes, codes)]
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "results_masks.json"]
+
+
+def test_predictions_are_kept_small_and_apart():
+    """Their own numbers and no more: not the batch that they are a part of, not a dict for each."""
+    evaluator = CocoEvaluator(ground_truth(), TABLE, 3)
+    batch = torch.rand(3, 500, 4).sort().values
+    found = {"labels": torch.zeros(500, dtype=torch.int64), "scores": torch.rand(3, 500)[1], "boxes": batch[1]}
+    evaluator.update({5: found})
+    size = len(pickle.dumps(evaluator._seen))
+    assert size < 500 * (4 * 4 + 4 + 8) + 1000                  # box, score, class
+    before, scores = evaluator._seen[5].boxes_xywh.copy(), evaluator._seen[5].scores.copy()
+    batch.zero_()
+    found["scores"].zero_()
+    assert (evaluator._seen[5].boxes_xywh == before).all() and (evaluator._seen[5].scores == scores).all() > 0
+
+
+@pytest.mark.parametrize("codes, message", [
+    (squares(5), "no run length for each of 2 masks"),
+    (squares(5) + squares(5, size=(200, 100)), "masks of different sizes, 200 x 100 and 200 x 200")])
+def test_masks_that_cannot_be_scored_are_named(codes, message):
+    evaluator = CocoEvaluator(ground_truth(), TABLE, 3, masks=True)
+    with pytest.raises(ValueError, match=f"image id 5 have {message}"):
+        evaluator.update({5: detections((0, 0.5, 0, 0, 1, 1), (1, 0.5, 0, 0, 1, 1)) | {"masks": codes}})
 
 
 def one_of_two(rank: int, folder: str) -> None:

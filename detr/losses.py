@@ -1,7 +1,7 @@
 """Losses of matched pairs (Carion et al., 2020, sections 3.1 and A.2).
 
-A loss is called with the outputs of one decoder layer, the targets, the match and the number of boxes (over all
-processes), and returns its named values. The criterion is handed a list of them.
+A loss is called with the outputs of one decoder layer, the targets, the match and what it is to be divided by, and
+returns its named values. The criterion is handed a list of them.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import box_area, box_cxcywh_to_xyxy, paired_giou
-from .structures import Match, Outputs, Target
+from .structures import Divisors, Match, Outputs, Target
 
 IGNORED = 0.5                   # least part of a box in an ignore region with which its query need not see "no object"
 LEFT_OUT = -100                 # the class that cross-entropy leaves out, with its weight
@@ -78,6 +78,10 @@ class SoftmaxLabelLoss:
 
     ``class_weights`` are those of the classes, which without them weigh 1, as published. Queries in ignore regions have
     no part in the mean (``ignored_queries``); where none is left, it is 0.
+
+    Where ``divisors`` know the images and objects of the whole optimizer step, the sum is divided by the weights that
+    these have, each object matched and each other query seeing none, in place of the batch's own. Ignored queries count
+    there, since nobody knows them beforehand.
     """
 
     def __init__(self, num_classes: int, eos_coef: float, class_weights: Sequence[float] | Tensor | None = None) -> None:
@@ -90,8 +94,15 @@ class SoftmaxLabelLoss:
         if self.class_weights is not None:
             check_number(self.class_weights, self.num_classes)
 
+    def weight_of_objects(self, labels: Tensor) -> Tensor:
+        """The sum of the weights of these objects' classes."""
+        if self.class_weights is None:
+            return torch.tensor(float(len(labels)))
+        inside = labels[(labels >= 0) & (labels < self.num_classes)]            # of others the matcher complains
+        return self.class_weights.to(labels.device)[inside].sum()
+
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
-                 num_boxes: Tensor) -> dict[str, Tensor]:
+                 divisors: Divisors) -> dict[str, Tensor]:
         logits = outputs["pred_logits"]                                                         # [B, Q, C + 1]
         index, labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
         ignored = ignored_queries(outputs, targets, match)
@@ -101,12 +112,19 @@ class SoftmaxLabelLoss:
         if self.class_weights is not None:
             weight[:-1] = self.class_weights
         weight[-1] = self.eos_coef
-        if ignored is None:
+        if divisors.images is not None:
+            total = divisors.weight + self.eos_coef * (divisors.images * logits.shape[1] - divisors.objects)
+        elif ignored is not None:
+            total = weight[classes].masked_fill(ignored, 0.0).sum()
+            total = torch.where(total > 0, total, 1.0)
+        else:
+            total = None
+        if total is None:
             loss = F.cross_entropy(logits.transpose(1, 2), classes, weight)
         else:
-            total = weight[classes].masked_fill(ignored, 0.0).sum()
-            loss = F.cross_entropy(logits.transpose(1, 2), classes.masked_fill(ignored, LEFT_OUT), weight,
-                                   ignore_index=LEFT_OUT, reduction="sum") / torch.where(total > 0, total, 1.0)
+            classes = classes if ignored is None else classes.masked_fill(ignored, LEFT_OUT)
+            loss = F.cross_entropy(logits.transpose(1, 2), classes, weight, ignore_index=LEFT_OUT,
+                                   reduction="sum") / total
         return {"loss_ce": loss, "class_error": class_error(logits[index].detach(), labels)}
 
 
@@ -128,7 +146,7 @@ class FocalLabelLoss:
         self.class_weights = checked_weights(class_weights)
 
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
-                 num_boxes: Tensor) -> dict[str, Tensor]:
+                 divisors: Divisors) -> dict[str, Tensor]:
         logits = outputs["pred_logits"]                                                         # [B, Q, C]
         (image, query), labels = matched_queries(match, logits.device), matched_targets("labels", targets, match)
         ignored = ignored_queries(outputs, targets, match)
@@ -143,7 +161,7 @@ class FocalLabelLoss:
             loss = loss * weight[..., None]
         if ignored is not None:
             loss = loss.masked_fill(ignored[..., None], 0.0)
-        return {"loss_ce": loss.sum() / num_boxes, "class_error": class_error(logits[image, query].detach(), labels)}
+        return {"loss_ce": loss.sum() / divisors.boxes, "class_error": class_error(logits[image, query].detach(), labels)}
 
 
 def check_number(class_weights: Tensor, num_classes: int) -> None:
@@ -162,7 +180,7 @@ def class_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cardinality_error(outputs: Outputs, targets: Sequence[Target], match: Match,
-                      num_boxes: Tensor) -> dict[str, Tensor]:
+                      divisors: Divisors) -> dict[str, Tensor]:
     """``cardinality_error``: how far the number of queries that see an object is from the number of objects,
     absolute, mean over images. For reading, without gradient."""
     logits = outputs["pred_logits"]
@@ -172,17 +190,18 @@ def cardinality_error(outputs: Outputs, targets: Sequence[Target], match: Match,
 
 
 def box_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
-             num_boxes: Tensor) -> dict[str, Tensor]:
+             divisors: Divisors) -> dict[str, Tensor]:
     """``loss_bbox``: L1 distance of the boxes, and ``loss_giou``: 1 - generalized IoU; sums over pairs by the number of
     boxes."""
     boxes, true = outputs["pred_boxes"], matched_targets("boxes", targets, match)
     boxes = boxes[matched_queries(match, boxes.device)]
     giou = paired_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(true))
-    return {"loss_bbox": F.l1_loss(boxes, true, reduction="sum") / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
+    return {"loss_bbox": F.l1_loss(boxes, true, reduction="sum") / divisors.boxes,
+            "loss_giou": (1 - giou).sum() / divisors.boxes}
 
 
 def mask_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
-              num_boxes: Tensor) -> dict[str, Tensor]:
+              divisors: Divisors) -> dict[str, Tensor]:
     """``loss_mask``: focal loss, mean over the pixels of the padded batch, and ``loss_dice``: dice loss (Milletari et
     al., 2016), of the predicted masks resized to the targets' size; sums over pairs by the number of boxes. Nothing for
     layers that predict no masks."""
@@ -194,7 +213,8 @@ def mask_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
     true = true.flatten(1)
     prob = masks.sigmoid()
     dice = 1 - (2 * (prob * true).sum(1) + 1) / (prob.sum(1) + true.sum(1) + 1)
-    return {"loss_mask": sigmoid_focal_loss(masks, true).mean(1).sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
+    return {"loss_mask": sigmoid_focal_loss(masks, true).mean(1).sum() / divisors.boxes,
+            "loss_dice": dice.sum() / divisors.boxes}
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .structures import Match, Outputs, Target, in_float32
+from .structures import Divisors, Match, Outputs, Target, in_float32
 
-Loss = Callable[[Outputs, Sequence[Target], Match, Tensor], dict[str, Tensor]]
+Loss = Callable[[Outputs, Sequence[Target], Match, Divisors], dict[str, Tensor]]
 
 
 class SetCriterion(nn.Module):
@@ -21,6 +21,11 @@ class SetCriterion(nn.Module):
 
     Targets may have ``ignore [M, 4]`` (cxcywh in 0..1), regions in which not all objects are marked: queries that find
     something there are not told that they see no object, in no layer and in no proposal.
+
+    ``normalizer`` says what the losses of training are divided by. ``"process"``, as published: box losses by the objects
+    of a batch, as a mean over processes; the softmax class loss by the weights of the process's own batch. So the
+    gradient depends on which images share a process, and with accumulation on which share a batch. ``"global"``: both by
+    what all images of the optimizer step have, so that the gradient is the same however these are shared out.
     """
 
     def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float],
@@ -28,18 +33,21 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.matcher, self.losses, self.weight_dict = matcher, list(losses), weight_dict
         self.class_agnostic_proposals = class_agnostic_proposals
+        self.normalizer = "process"
 
-    def forward(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, targets: Sequence[Target], divisors: Divisors | None = None) -> dict[str, Tensor]:
         """Losses by name: ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, ``class_error``,
         ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, …, those of proposals in ``_enc``.
-        All in float32, whatever the model ran in."""
-        num_boxes = self.number_of_boxes(targets, outputs["pred_logits"].device)
+        All in float32, whatever the model ran in. ``divisors`` are those of this batch; without them it is a step of its
+        own."""
+        if divisors is None:
+            divisors = self.divisors([targets], outputs["pred_logits"].device)[0]
         values: dict[str, Tensor] = {}
         for suffix, predictions, objects in self.supervised(outputs, targets):
             predictions = in_float32(predictions)
             match = predictions["match"] if "match" in predictions else self.matcher(predictions, objects)
             for loss in self.losses:
-                values |= {name + suffix: value for name, value in loss(predictions, objects, match, num_boxes).items()}
+                values |= {name + suffix: value for name, value in loss(predictions, objects, match, divisors).items()}
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
 
     def weigh_classes(self, class_weights: Sequence[float] | Tensor | None) -> None:
@@ -65,13 +73,24 @@ class SetCriterion(nn.Module):
         if "enc_outputs" in outputs:
             yield "_enc", outputs["enc_outputs"], class_agnostic(targets) if self.class_agnostic_proposals else targets
 
-    def number_of_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
-        """Objects of the batch, at least 1; in training as a mean over processes. In evaluation processes may have
-        different numbers of batches, so none may wait for another."""
-        number = torch.as_tensor(float(sum(len(target["labels"]) for target in targets)), device=device)
-        if self.training:
-            number = distributed.sum_over_processes(number) / distributed.world_size()
-        return number.clamp(min=1)
+    def divisors(self, batches: Sequence[Sequence[Target]], device: torch.device) -> list[Divisors]:
+        """What the losses of each batch of an optimizer step are divided by (``normalizer``), from the targets of all its
+        batches on this process. In training all processes must call it; in evaluation they may have different numbers
+        of batches, so none may wait for another."""
+        counts = torch.tensor([[len(targets), sum(len(target["labels"]) for target in targets)] for targets in batches],
+                              dtype=torch.float32, device=device)                               # [batches, 2]
+        if not self.training:
+            return [Divisors(boxes.clamp(min=1)) for _, boxes in counts]
+        world_size = distributed.world_size()
+        if self.normalizer == "process":
+            boxes = distributed.sum_over_processes(counts[:, 1]) / world_size
+            return [Divisors(number.clamp(min=1)) for number in boxes]
+        labels = [target["labels"] for targets in batches for target in targets]
+        weighing = [loss for loss in self.losses if hasattr(loss, "weight_of_objects")]
+        weight = weighing[0].weight_of_objects(torch.cat(labels)).to(device) if weighing else counts.new_zeros(())
+        images, boxes, weight = distributed.sum_over_processes(torch.cat([counts.sum(0), weight[None]]))
+        share = world_size * len(batches)
+        return [Divisors(boxes.clamp(min=1) / share, images / share, boxes / share, weight / share)] * len(batches)
 
 
 def class_agnostic(targets: Sequence[Target]) -> list[Target]:

@@ -31,6 +31,15 @@ Match = list[tuple[Tensor, Tensor]]
 """For each image, the matched queries (ascending) and their objects: two int64 tensors of one length, on the CPU."""
 
 
+class Divisors(NamedTuple):
+    """What the losses of a batch are divided by. All but the first are there where softmax class losses are not divided
+    by the weights of their own batch: means over the batches of all processes in an optimizer step."""
+    boxes: Tensor                   # [] objects, at least 1
+    images: Tensor | None = None    # []
+    objects: Tensor | None = None   # []
+    weight: Tensor | None = None    # [] the class weights of the objects, summed
+
+
 class Outputs(TypedDict, total=False):
     """What a detector returns."""
     pred_logits: Tensor             # [B, Q, C] (sigmoid) or [B, Q, C + 1] (softmax; "no object" last)

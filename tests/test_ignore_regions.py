@@ -9,8 +9,10 @@ from datasets.transforms import Preprocessing, make_transforms
 from detr import build_model
 from detr.losses import FocalLabelLoss, SoftmaxLabelLoss, balanced_weights, ignored_queries
 from detr.set_criterion import SetCriterion
+from detr.structures import Divisors
 
 C, EOS = 4, 0.1
+TWO = Divisors(torch.tensor(2.0))
 SOFTMAX, FOCAL = SoftmaxLabelLoss(C, EOS), FocalLabelLoss()
 REGION = (0.5, 0.5, 0.4, 0.4)                                           # corners 0.3 to 0.7
 BOXES = torch.tensor([
@@ -70,7 +72,7 @@ def test_pycocotools_excuses_the_same_boxes():
 @pytest.mark.parametrize("loss, classes", [(SOFTMAX, C + 1), (FOCAL, C)], ids=["softmax", "focal"])
 def test_exactly_zero_gradient(loss, classes):
     predicted = outputs(classes)
-    loss(predicted, targets(REGION), MATCH, torch.tensor(2.0))["loss_ce"].backward()
+    loss(predicted, targets(REGION), MATCH, TWO)["loss_ce"].backward()
     learns = (predicted["pred_logits"].grad != 0).any(-1)
     assert learns.tolist() == [[not inside for inside in INSIDE], [True] * 7]
     assert (predicted["pred_logits"].grad[0, :2] == 0).all() and predicted["pred_boxes"].grad is None
@@ -80,7 +82,7 @@ def test_softmax_by_its_definition():
     """Ignored queries are neither in the sum nor in the weights that it is divided by."""
     predicted, weights = outputs(C + 1), (0.5, 1.0, 3.0, 2.0)
     for loss, of_class in ((SOFTMAX, (1.0,) * C), (SoftmaxLabelLoss(C, EOS, weights), weights)):
-        actual = loss(predicted, targets(REGION), MATCH, torch.tensor(2.0))["loss_ce"]
+        actual = loss(predicted, targets(REGION), MATCH, TWO)["loss_ce"]
         logs, total, divisor = predicted["pred_logits"].double().log_softmax(-1), 0.0, 0.0
         for b in range(2):
             for q in range(7):
@@ -92,7 +94,7 @@ def test_softmax_by_its_definition():
 
 def test_focal_by_its_definition():
     predicted = outputs(C)
-    actual = FOCAL(predicted, targets(REGION), MATCH, torch.tensor(2.0))["loss_ce"]
+    actual = FOCAL(predicted, targets(REGION), MATCH, TWO)["loss_ce"]
     p, total = predicted["pred_logits"].double().sigmoid(), 0.0
     for b in range(2):
         for q in range(7):
@@ -110,7 +112,7 @@ def test_nothing_left_to_learn(loss, classes):
     predicted = outputs(classes, BOXES[:2])
     nothing = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4),
                 "ignore": torch.tensor([[0.5, 0.5, 1.0, 1.0]])}] * 2
-    value = loss(predicted, nothing, NOTHING * 2, torch.tensor(1.0))["loss_ce"]
+    value = loss(predicted, nothing, NOTHING * 2, Divisors(torch.tensor(1.0)))["loss_ce"]
     value.backward()
     assert value == 0 and (predicted["pred_logits"].grad == 0).all()
 
@@ -120,8 +122,8 @@ def test_without_regions_the_published_loss_bit_for_bit(loss, classes):
     for true in (without(targets()), targets(), [targets()[0], *without(targets())[1:]]):
         first, second = outputs(classes), outputs(classes)
         assert ignored_queries(first, true, MATCH) is None
-        a = loss(first, true, MATCH, torch.tensor(2.0))["loss_ce"]
-        b = loss(second, without(true), MATCH, torch.tensor(2.0))["loss_ce"]
+        a = loss(first, true, MATCH, TWO)["loss_ce"]
+        b = loss(second, without(true), MATCH, TWO)["loss_ce"]
         assert torch.equal(a, b)
         assert torch.equal(*(torch.autograd.grad(x, y["pred_logits"])[0] for x, y in ((a, first), (b, second))))
 
@@ -159,7 +161,7 @@ def test_from_data_to_gradient():
     _, target = make_transforms("val", Preprocessing(32, None))(Image.new("RGB", (100, 50)), crowd)
     torch.testing.assert_close(target["ignore"], torch.tensor([[0.4, 0.5, 0.4, 0.6]]))
     predicted = outputs(C + 1, torch.tensor([[0.4, 0.5, 0.1, 0.1], [0.8, 0.5, 0.1, 0.1]]))
-    SOFTMAX(predicted, [target] * 2, NOTHING * 2, None)["loss_ce"].backward()
+    SOFTMAX(predicted, [target] * 2, NOTHING * 2, TWO)["loss_ce"].backward()
     assert (predicted["pred_logits"].grad != 0).any(-1).tolist() == [[False, True]] * 2
 
 
@@ -177,20 +179,20 @@ def test_balanced_weights():
 
 def test_focal_loss_with_weights_of_classes():
     weights = (0.5, 1.0, 3.0, 2.0)
-    plain, weighed = (loss(outputs(C), targets(REGION), MATCH, torch.tensor(2.0))["loss_ce"]
+    plain, weighed = (loss(outputs(C), targets(REGION), MATCH, TWO)["loss_ce"]
                       for loss in (FOCAL, FocalLabelLoss(class_weights=weights)))
     alone = []
     for b in range(2):                                                  # the matched query of each image, by itself
         predicted, q = outputs(C), int(MATCH[b][0])
         one = {name: x[b:b + 1, q:q + 1] for name, x in predicted.items()}
-        alone.append(FOCAL(one, targets()[b:b + 1], [(torch.tensor([0]),) * 2], torch.tensor(2.0))["loss_ce"])
+        alone.append(FOCAL(one, targets()[b:b + 1], [(torch.tensor([0]),) * 2], TWO)["loss_ce"])
     assert (weighed - plain).item() == pytest.approx(2 * sum(alone).item(), rel=1e-5)               # 3 - 1
 
 
 def test_weights_of_one_change_nothing():
     for plain, ones, classes in ((SOFTMAX, SoftmaxLabelLoss(C, EOS, [1.0] * C), C + 1),
                                  (FOCAL, FocalLabelLoss(class_weights=torch.ones(C)), C)):
-        a, b = (loss(outputs(classes), without(targets()), MATCH, torch.tensor(2.0)) for loss in (plain, ones))
+        a, b = (loss(outputs(classes), without(targets()), MATCH, TWO) for loss in (plain, ones))
         assert torch.equal(a["loss_ce"], b["loss_ce"])
 
 
@@ -228,4 +230,4 @@ def test_wrong_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         SoftmaxLabelLoss(C, EOS, weights)
     with pytest.raises(ValueError, match=message):
-        FocalLabelLoss(class_weights=weights)(outputs(C), targets(), MATCH, torch.tensor(2.0))
+        FocalLabelLoss(class_weights=weights)(outputs(C), targets(), MATCH, TWO)

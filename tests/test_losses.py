@@ -18,12 +18,13 @@ from detr.losses import (
     pad_masks,
     sigmoid_focal_loss,
 )
+from detr.structures import Divisors
 
 B, Q, C, EOS = 3, 5, 4, 0.1
 MATCH = [(torch.tensor([0, 3]), torch.tensor([1, 0])), (torch.tensor([], dtype=torch.int64),) * 2,
          (torch.tensor([1, 2, 4]), torch.tensor([2, 0, 1]))]
 PAIRS = [(b, q, o) for b, (qs, os) in enumerate(MATCH) for q, o in zip(qs.tolist(), os.tolist())]
-NUM_BOXES = torch.tensor(5.0)
+NUM_BOXES = Divisors(torch.tensor(5.0))
 NOTHING = [(torch.tensor([], dtype=torch.int64),) * 2] * B
 
 
@@ -80,7 +81,7 @@ def test_boxes_without_area():
     predicted = {"pred_boxes": boxes[None].clone().requires_grad_()}
     for true in (boxes, boxes.flip(0)):
         match = [(torch.arange(4), torch.arange(4))]
-        losses = box_loss(predicted, [{"boxes": true}], match, torch.tensor(4.0))
+        losses = box_loss(predicted, [{"boxes": true}], match, Divisors(torch.tensor(4.0)))
         predicted["pred_boxes"].grad = None
         sum(losses.values()).backward()
         assert all(loss.isfinite() for loss in losses.values()) and 0 <= losses["loss_giou"] <= 2
@@ -128,7 +129,7 @@ def test_cardinality():
 
 def test_nothing_matched():
     predicted, true = outputs(), targets((0, 0, 0))
-    one = torch.tensor(1.0)
+    one = Divisors(torch.tensor(1.0))
     labels = SoftmaxLabelLoss(C, EOS)(predicted, true, NOTHING, one)
     rest = box_loss(predicted, true, NOTHING, one) | mask_loss(predicted, true, NOTHING, one)
     torch.testing.assert_close(labels["loss_ce"], -predicted["pred_logits"].log_softmax(-1)[..., C].mean())

@@ -184,7 +184,7 @@ def test_boxes_are_counted_over_all_processes_in_training(monkeypatch):
         torch.testing.assert_close(together[name], alone[name] * 4 / 8)
     assert torch.equal(together["loss_ce"], alone["loss_ce"])
     monkeypatch.setattr(distributed, "sum_over_processes", lambda number: number + 1)           # half a box: at least 1
-    assert loss.number_of_boxes(targets(0, 0), torch.device("cpu")) == 1
+    assert loss.divisors([targets(0, 0)], torch.device("cpu"))[0].boxes == 1
 
 
 def test_evaluation_does_not_wait_for_other_processes(monkeypatch):

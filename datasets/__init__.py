@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from datasets.annotations import COCO_CATEGORIES, LAYOUT, class_table
+from datasets.annotations import LAYOUT
 from datasets.coco import CocoDetection, Transforms
 from datasets.coco_eval import CocoEvaluator
-from datasets.coco_panoptic import COCO_PANOPTIC, COCO_SLOTS, CocoPanoptic, build_coco_panoptic
+from datasets.coco_panoptic import CocoPanoptic, build_coco_panoptic
 from datasets.formats import recognise
 from datasets.from_python import from_dataset
 from datasets.panoptic_eval import PanopticEvaluator
 from datasets.split import SPLITS
+from detr.coco_classes import published_classes
 from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from detr.structures import Category, Target
 
@@ -100,21 +101,15 @@ MISSING_PART = {
 """What to add where a part is wanted that a data set of this format has not."""
 
 
-def build_evaluators(dataset: CocoDetection, masks: bool = False,
-                     folder: str | Path | None = None) -> list[CocoEvaluator | PanopticEvaluator]:
+def build_evaluators(dataset: CocoDetection, masks: bool = False, folder: str | Path | None = None,
+                     judge: str = "fast") -> list[CocoEvaluator | PanopticEvaluator]:
     """What scores predictions for ``dataset``: each has ``update(predictions)``, of its ``kind``, and ``summarize()``.
     The first scores boxes, with ``masks`` these, too; for panoptic data those of things, and a second one scores the
-    maps, which it writes to ``folder`` where there is one."""
-    boxes = CocoEvaluator(dataset.coco, dataset.categories, dataset.num_classes, masks)
+    maps, which it writes to ``folder`` where there is one. ``judge``, --coco_eval, is as for ``CocoEvaluator``."""
+    boxes = CocoEvaluator(dataset.coco, dataset.categories, dataset.num_classes, masks, judge)
     if masks and isinstance(dataset, CocoPanoptic):
         return [boxes, PanopticEvaluator(dataset.annotations, folder)]
     return [boxes]
-
-
-def published_classes(num_classes: int) -> list[Category]:
-    """The class table of a published checkpoint, which has none inside: COCO's where its heads have 91 slots, COCO's
-    panoptic one where they have 250; empty for another number, whose classes nobody knows."""
-    return {91: class_table(COCO_CATEGORIES), COCO_SLOTS: COCO_PANOPTIC}.get(num_classes, [])
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:

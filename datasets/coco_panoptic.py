@@ -21,13 +21,14 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.annotations import COCO_CATEGORIES, index, num_classes, read_json
+from datasets.annotations import index, num_classes, read_json
 from datasets.coco import CocoDetection, Transforms
 from datasets.examination import counted, few, is_whole
 from datasets.file_cache import FileCache
 from datasets.flat import Numbers, Strings
 from datasets.images import DAMAGED
 from detr.boxes import masks_to_boxes
+from detr.coco_classes import COCO_PANOPTIC, COCO_SLOTS
 from detr.distributed import is_main
 from detr.structures import Category, Target
 
@@ -36,21 +37,6 @@ LAYOUT = """COCO's panoptic layout is expected:
     <coco_panoptic_path>/panoptic_train2017/  panoptic_val2017/         PNGs, which segment a pixel belongs to
     <coco_panoptic_path>/annotations/panoptic_train2017.json            what the segments are
     <coco_panoptic_path>/annotations/panoptic_val2017.json"""
-
-COCO_STUFF = {
-    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
-    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
-    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
-    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
-    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
-    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
-    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
-    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
-    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
-}
-COCO_PANOPTIC = [*(Category(id, id, name) for id, name in COCO_CATEGORIES.items()),
-                 *(Category(id, id, name, False) for id, name in COCO_STUFF.items())]
-COCO_SLOTS = 250                            # of published heads, for 133 classes with ids up to 200
 
 IDS = 1 << 24                               # that a pixel of three bytes can name
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL import TiffImagePlugin as tiff
-from torch import Tensor
 
-Picture = Image.Image | Tensor
-"""PIL, RGB or grey; for another number of channels a uint8 tensor ``[C, H, W]``."""
+from detr.preprocessing import Picture, in_colours, scaled, to_8_bits
+from detr.preprocessing import height_width as height_width
 
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, struct.error,   # Pillow's and NumPy's
             TokenError, Image.DecompressionBombError)
@@ -54,7 +53,7 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
         if channels in (1, 3) and not is_array:
             with Image.open(path if content is None else io.BytesIO(content)) as image:
                 ImageOps.exif_transpose(image, in_place=True)                   # reads the pixels, too
-                return to_8_bits(image).convert("L" if channels == 1 else "RGB")
+                return in_colours(image, channels)
         whole = path.read_bytes() if content is None else content
         pixels = _of_array(whole) if is_array else _of_bands(whole)             # [H, W, C]
     except Image.UnidentifiedImageError:
@@ -72,11 +71,6 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
     if channels in (1, 3):
         return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def height_width(picture: Picture) -> tuple[int, int]:
-    """Height and width in pixels."""
-    return (picture.shape[-2], picture.shape[-1]) if isinstance(picture, Tensor) else (picture.height, picture.width)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -133,23 +127,6 @@ def _png_may_be_turned(path: Path) -> bool:
     return False
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8; others as they are. Raises ValueError where the range of the numbers is not known."""
-    if image.mode.startswith("I"):                              # I;16, I;16B, ...; I (32 bits): 16 bits in older Pillow
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"its grey values, {grey.min()} to {grey.max()}, are not of 8 or 16 bits; convert it")
-        return Image.fromarray(_scaled(grey))
-    if image.mode == "F":
-        raise ValueError("its grey values are floating-point numbers of unknown range; convert it to 8 bits")
-    return image
-
-
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """0..65535 -> 0..255, rounded."""
-    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
 def _of_array(content: bytes) -> np.ndarray:
     """A ``.npy`` file -> uint8 ``[H, W, C]``; ``[H, W]`` is one channel."""
     array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
@@ -158,7 +135,7 @@ def _of_array(content: bytes) -> np.ndarray:
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"its array is {list(array.shape)}; [height, width, channels] is needed")
     array = array if array.ndim == 3 else array[..., None]
-    return array if array.dtype.itemsize == 1 else _scaled(array)
+    return array if array.dtype.itemsize == 1 else scaled(array)
 
 
 def _of_bands(content: bytes) -> np.ndarray:
@@ -219,7 +196,7 @@ def _bands_of_tiff(content: bytes) -> list[Image.Image]:
                 part = values[:, left:left + step]
                 part[:] = part.cumsum(axis=1, dtype=values.dtype)
         for band in values.transpose(2, 0, 1):
-            plane = Image.fromarray(_scaled(band) if values.dtype.itemsize == 2 else np.ascontiguousarray(band))
+            plane = Image.fromarray(scaled(band) if values.dtype.itemsize == 2 else np.ascontiguousarray(band))
             plane.getexif()[_ORIENTATION] = tags.get(_ORIENTATION, 1)
             planes.append(ImageOps.exif_transpose(plane))
     return planes

@@ -17,7 +17,7 @@ it: each worker's generator is seeded from the main process's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,18 +30,17 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.images import Picture, height_width
 from detr.boxes import box_area, box_xyxy_to_cxcywh
+from detr.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Size, resized
+from detr.preprocessing import normalisation as normalisation
 from detr.structures import Target
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+PUBLISHED = Preprocessing()
 SCALES = tuple(range(480, 801, 32))         # lengths of the short side in training; 800 is the one in evaluation
 CROP_RESIZES = (400, 500, 600)              # short side before a crop is taken
 CROP_SIZES = (384, 600)                     # least and greatest side of a crop
 
 BOXES = ("boxes", "ignore")                 # fields of a target that hold boxes
 AUGMENTATIONS = ("published", "none")
-
-Size = int | tuple[int, int]                # short side, its proportions kept; or exactly (height, width)
 
 
 # The operations, with their numbers given.
@@ -87,20 +86,6 @@ def select(target: Target, keep: Tensor) -> Target:
         if name in target:
             target[name] = target[name][keep]
     return target
-
-
-def resized(height: int, width: int, size: Size, max_size: int | None = None) -> tuple[int, int]:
-    """(height, width) of an image after ``resize``. The short side gets ``size`` pixels, or less where the long side
-    would exceed ``max_size``; as published, that length is rounded and the long side's floored. An image so long that
-    nothing would be left of its short side keeps one pixel of it, and its long side gets ``max_size``."""
-    if not isinstance(size, int):
-        return size
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
-        if size < 1:
-            return (max_size, 1) if width < height else (1, max_size)
-    return (int(size * height / width), size) if width < height else (size, int(size * width / height))
 
 
 def resize(image: Picture, target: Target, size: Size, max_size: int | None = None) -> tuple[Picture, Target]:
@@ -287,61 +272,7 @@ class BoxesToFractions:
 
 # The two lists.
 
-def normalisation(mean: Sequence[float], std: Sequence[float],
-                  channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB -> those for images with ``channels`` channels.
-
-    One channel has the average of the three; other numbers take turns: R, G, B, R, ... Numbers that are already one a
-    channel stay.
-    """
-    def spread(values: Sequence[float]) -> tuple[float, ...]:
-        if len(values) == channels:
-            return tuple(values)
-        return (sum(values) / 3,) if channels == 1 else tuple(values[c % 3] for c in range(channels))
-
-    if len(mean) != len(std) or len(mean) not in (3, channels):
-        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} for --in_channels {channels}: three numbers each are "
-                         f"needed, for red, green and blue, or {channels} each")
-    return spread(mean), spread(std)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes the model's input when nothing is left to chance: what a checkpoint must remember.
-
-    ``size`` is the short side in pixels, with ``max_size`` the limit of the long one (None: no limit), or exactly
-    (height, width). ``mean`` and ``std`` have a number for each channel, in 0..1; see ``normalisation``.
-    """
-    size: Size = 800
-    max_size: int | None = 1333
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        sides = (self.size, self.size) if isinstance(self.size, int) else self.size
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"preprocessing size {self.size!r}: the short side in pixels or (height, width) is needed")
-        if self.max_size is not None and self.max_size < 1:
-            raise ValueError(f"preprocessing max_size {self.max_size!r}: pixels, at least 1, or None are needed")
-        if not len(self.mean) == len(self.std) >= 1 or min(self.std) <= 0:
-            raise ValueError(f"preprocessing mean {self.mean!r}, std {self.std!r}: a number for each channel of the "
-                             f"images is needed in both, three for RGB, and std above 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Numbers, tuples and None, under the names of the fields."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of ``as_dict``; lists do for tuples. All fields must be there and no others."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"preprocessing needs exactly {sorted(names)}, but has {sorted(values)}")
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**plain)
-
-
-def eval_transforms(preprocessing: Preprocessing = Preprocessing()) -> v2.Compose:
+def eval_transforms(preprocessing: Preprocessing = PUBLISHED) -> v2.Compose:
     """The list for evaluation and prediction; as it stands, the published one."""
     return v2.Compose([
         RandomResize((preprocessing.size,), preprocessing.max_size),            # of one size: always that
@@ -351,7 +282,7 @@ def eval_transforms(preprocessing: Preprocessing = Preprocessing()) -> v2.Compos
     ])
 
 
-def train_transforms(preprocessing: Preprocessing = Preprocessing(), *, scales: Sequence[Size] = SCALES,
+def train_transforms(preprocessing: Preprocessing = PUBLISHED, *, scales: Sequence[Size] = SCALES,
                      crop_resizes: Sequence[int] = CROP_RESIZES, crop_sizes: tuple[int, int] = CROP_SIZES,
                      flip: bool = True, crop: bool = True, no_flip: Sequence[int] = (), color_jitter: float = 0.0,
                      scale_jitter: tuple[float, float] | None = None) -> v2.Compose:
@@ -388,7 +319,7 @@ def train_transforms(preprocessing: Preprocessing = Preprocessing(), *, scales: 
     ])
 
 
-def make_transforms(split: str, preprocessing: Preprocessing = Preprocessing(), *, scales: Sequence[Size] | None = None,
+def make_transforms(split: str, preprocessing: Preprocessing = PUBLISHED, *, scales: Sequence[Size] | None = None,
                     least_scale: float = 0.6, flip: bool = True, crop: bool = True, aug: str = "published",
                     no_flip: Sequence[int] = (), color_jitter: float = 0.0,
                     scale_jitter: tuple[float, float] | None = None) -> v2.Compose:

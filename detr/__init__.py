@@ -1,7 +1,8 @@
 """End-to-end object detection with transformers.
 
-    from detr import build_model, list_models
+    from detr import build_model, list_models, load
     model, criterion, postprocessors = build_model("detr_resnet50", num_classes=91)
+    detector = load("checkpoint.pth")
 
 Shape letters, everywhere: ``B`` images, ``Q`` queries, ``S`` tokens of a feature map, ``L`` levels, ``D`` channels,
 ``C`` classes, ``N`` objects of an image, ``M`` attention heads, ``P`` points, ``K`` layers.
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from pathlib import Path
 
+    import torch
     from torch import nn
 
+    from .loading import Detector
     from .set_criterion import SetCriterion
 
-__all__ = ["build_model", "list_models"]
+__all__ = ["build_model", "list_models", "load"]
 
 
 def list_models() -> list[str]:
@@ -80,3 +84,14 @@ def build_model(
     elif pretrained_backbone:
         checkpoint.load_backbone(body_of(built), *pretrained_weights(settings.backbone))
     return built, criterion, postprocessors
+
+
+def load(path_or_url: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Detector:
+    """The model in a checkpoint with all that belongs to it, ready to use; see ``detr.loading.load``.
+
+        detector = detr.load("outputs/tiny_detr/best.pth")
+        for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
+            print(found["names"], found["boxes"])
+    """
+    from .loading import load
+    return load(path_or_url, device, model)

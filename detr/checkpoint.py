@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import re
+import socket
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 from . import distributed
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[^.]*$")                                    # detr-r50-e632da11.pth
+PARTIAL = re.compile(r"\..+\.([A-Za-z0-9-]+)\.(\d+)\.partial")     # machine and process behind the file's name
+FORGOTTEN = 3600                                                    # seconds
 SCALARS = (type(None), bool, int, float, str)
 AVERAGES = ("state_dict_ema", "model_ema")      # names of training programs for the average of the weights over steps,
 WEIGHTS = (*AVERAGES, "model", "state_dict")    # and for the weights; the first that a file has is taken
@@ -50,22 +56,25 @@ def _system_error(error: BaseException) -> BaseException:
     return cause or error
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``, creating its folders: afterwards the file is complete, or what was there before is
-    still there. In between, the new content stands beside it under a temporary name.
+def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any], previous: bool = False) -> None:
+    """Make the file ``path`` of what ``write`` puts into the open file that it is given, creating its folders: afterwards
+    it is complete and on the disk, or what was there before is still there. In between, the new content stands beside it
+    under a hidden name that ends with ``.partial``. ``previous`` keeps what was there as ``NAME_previous.ENDING``.
 
-    ``state`` holds tensors, dicts, lists, tuples, strings, numbers and None alone, so that ``load`` can read it.
-    Raises TypeError naming the entry that is something else, OSError when the file cannot be written.
+    Raises OSError when the file cannot be written.
     """
-    _check_readable(state, "state")
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(state, file)
+        with suppress(FileNotFoundError):
+            partial.unlink()                # of a killed process that had this number
+        with open(partial, "xb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())         # the content is on the disk before the name points to it
+        if previous and path.is_file():
+            _keep_previous(path)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write {path}: {_system_error(error)}. Make room, or choose another output folder"
@@ -73,6 +82,135 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink()
+    _sync_folder(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    """The name of ``path`` while this process writes it."""
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.partial")
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half-written in ``folder``, and say so: of this machine's processes those that
+    are no more, of other machines' what has not changed for an hour."""
+    for path in folder.glob(".*.partial"):
+        named = PARTIAL.fullmatch(path.name)
+        with suppress(OSError):
+            found = path.stat()
+            left = named and named[1] == _machine() and not _is_running(int(named[2]))
+            if named and (left or time.time() - found.st_mtime > FORGOTTEN):
+                path.unlink()
+                distributed.say(f"removed {path}: {found.st_size:,} bytes of a file that was not written to its end")
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process has that number; this one, where it had it before a restart, is not writing while it
+    asks."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                                             # another user's
+        return True
+    return True
+
+
+def previous_of(path: Path) -> Path:
+    """Where ``write_whole`` keeps the former ``path``."""
+    return path.with_stem(f"{path.stem}_previous")
+
+
+def _keep_previous(path: Path) -> None:
+    """A second name for the file at ``path``, which takes no room until the first name goes to another file."""
+    former = previous_of(path)
+    second = _partial(former)
+    try:
+        with suppress(FileNotFoundError):
+            second.unlink()
+        os.link(path, second)
+        os.replace(second, former)
+    except OSError as error:
+        _without_previous(path.parent, error.strerror or str(error))
+    finally:
+        with suppress(OSError):             # it is still there where both were names of one file
+            second.unlink()
+
+
+@functools.lru_cache
+def _without_previous(folder: Path, reason: str) -> None:
+    distributed.say(f"{folder}: no previous checkpoint is kept beside the newest, since a file there cannot have two "
+                    f"names ({reason})")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a change of names on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save(path: str | Path, state: dict[str, Any], previous: bool = False) -> None:
+    """Write ``state`` to ``path`` as ``write_whole`` does, for ``load`` to read.
+
+    ``state`` holds tensors, dicts, lists, tuples, strings, numbers and None alone. Raises TypeError naming the entry that
+    is something else, OSError when the file cannot be written.
+    """
+    _check_readable(state, "state")
+    write_whole(path, lambda file: torch.save(state, file), previous)
+
+
+def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights to ``path``, which ends with ``.safetensors``, as ``write_whole`` does. Each entry of ``metadata``,
+    made of dicts, lists, tuples, strings, numbers and None, becomes a text in JSON in the file's header; ``load`` gives
+    the entries back, lists for tuples.
+
+    A tensor that stands under two names is written twice. Raises TypeError naming the entry that is something else,
+    ImportError without the package safetensors, OSError when the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: give it the ending .safetensors, by which it is known when it is read")
+    try:
+        from safetensors.torch import save as as_bytes  # here alone: few files need it
+    except ImportError as error:
+        raise ImportError(f"{path}: writing a .safetensors file needs the package safetensors; pip install "
+                          f"safetensors") from error
+    for name, value in metadata.items():
+        _check_json(value, f"metadata[{name!r}]")
+    texts = {"format": "pt", **{name: json.dumps(value) for name, value in metadata.items()}}
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state_dict.items():                     # the format refuses two names of one memory
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    write_whole(path, lambda file: file.write(as_bytes(tensors, texts)))
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON would not give back, tuples apart."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{where} has the key {key!r}; the keys of a .safetensors file's metadata are strings")
+            _check_json(item, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]")
+    elif kind not in SCALARS:
+        raise TypeError(f"{where} is a {kind.__module__}.{kind.__name__}; the metadata of a .safetensors file holds "
+                        f"dicts, lists, tuples, strings, numbers and None")
 
 
 def fetch(url: str) -> Path:
@@ -120,12 +258,12 @@ def _checkpoints_in(folder: Path) -> str:
     return "it has " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _read(file: Path, source: str, map_location: str | torch.device) -> Any:
+def _read(file: Path, source: str, map_location: str | torch.device, mmap: bool) -> Any:
     try:
         if file.suffix.lower() == ".safetensors":
             return _read_safetensors(file, source, map_location)
         with torch.serialization.safe_globals(_admitted()):
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, ImportError):
         raise
     except Exception as error:              # the bytes of a broken file can make the reader stumble in any way
@@ -139,22 +277,36 @@ def _read(file: Path, source: str, map_location: str | torch.device) -> Any:
                          f"{type(error).__name__}){again}") from error
 
 
-def _read_safetensors(file: Path, source: str, map_location: str | torch.device) -> dict[str, Tensor]:
+def _read_safetensors(file: Path, source: str, map_location: str | torch.device) -> dict[str, Any]:
+    """Its tensors; or where it has more metadata than their format, this, and the tensors as ``"model"``."""
     try:
-        from safetensors.torch import load_file  # here alone: few files need it
+        from safetensors import safe_open  # here alone: few files need it
+        from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"{source}: reading a .safetensors file needs the package safetensors; pip install "
                           f"safetensors") from error
-    return load_file(file, device=str(map_location))
+    with safe_open(file, framework="pt") as opened:
+        texts = opened.metadata() or {}
+    tensors = load_file(file, device=str(map_location))
+    entries = {name: _from_json(text) for name, text in texts.items() if name != "format"}
+    return {**entries, "model": tensors} if entries and tensors else tensors
 
 
-def load(path_or_url: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:                                          # of another program, whose metadata is plain text
+        return text
+
+
+def load(path_or_url: str | Path, map_location: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint from a file or an ``http(s)://`` address; its weights are under ``"model"``.
 
     Never runs code from the file: besides tensors, plain containers, strings and numbers only argparse.Namespace and
-    NumPy's scalars are admitted. A file that is a bare state_dict, as one named ``.safetensors`` always is, comes back
-    as ``{"model": state_dict}``. Of training programs' files the weights may be under ``state_dict``; where a file has an
-    average of them, too (``state_dict_ema``, ``model_ema``), the average is taken. The prefix ``module.`` of
+    NumPy's scalars are admitted. A file that is a bare state_dict comes back as ``{"model": state_dict}``, and a
+    ``.safetensors`` file with what its metadata holds besides. ``mmap`` leaves tensors on the disk until they are used,
+    for files that ``save`` wrote. Of training programs' files the weights may be under ``state_dict``; where a file has
+    an average of them, too (``state_dict_ema``, ``model_ema``), the average is taken. The prefix ``module.`` of
     DistributedDataParallel is taken off. Both are said. Raises FileNotFoundError, IsADirectoryError, OSError (no
     network), ImportError (no package safetensors), or ValueError (damaged, holding code, no checkpoint).
     """
@@ -167,7 +319,7 @@ def load(path_or_url: str | Path, map_location: str | torch.device = "cpu") -> d
         raise FileNotFoundError(f"there is no checkpoint {source}; "
                                 + (f"its folder is there: {_checkpoints_in(near)}" if near.is_dir() else
                                    f"nor a folder {near}; check the path"))
-    content = _read(file, source, map_location)
+    content = _read(file, source, map_location, mmap)
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds a {type(content).__name__}, not a dict with an entry 'model'; save "
                          f"{{'model': model.state_dict()}}")

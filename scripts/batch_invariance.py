@@ -33,10 +33,11 @@ from datasets.synthetic import synthetic_data
 from datasets.transforms import Preprocessing, eval_transforms
 from detr import visualize
 from detr.backbone import backbone_of
+from detr.loading import Detector
+from detr.loading import load as load_detector
 from detr.nested_tensor import NestedTensor
 from detr.structures import Detections
 from engine import Progress, to_device
-from scripts.predict import Detector, load_detector
 
 TOLERANCE = 1e-4
 NUMBERS = 12
@@ -103,7 +104,7 @@ def outcome(detector: Detector, items: list[Any], data: Any, batch_size: int, de
         samples: NestedTensor
         samples, targets = to_device(*collate(batch), device)
         sizes = torch.stack([target["orig_size"] for target in targets])
-        for target, one in zip(targets, detector.postprocessor(detector.model(samples), sizes)):
+        for target, one in zip(targets, detector.postprocessors["bbox"](detector.model(samples), sizes)):
             found[int(target["image_id"])] = {name: value.cpu() for name, value in one.items()}
         padding += samples.padded_share * samples.mask.numel()
         pixels += samples.mask.numel()

@@ -39,138 +39,30 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
-from datasets import published_classes
-from datasets.coco_panoptic import COCO_PANOPTIC, encode_ids, read_ids
+from datasets.coco_panoptic import encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
-from datasets.transforms import Preprocessing, eval_transforms
-from detr import checkpoint, config, settings
-from detr.backbone import backbone_of
-from detr.panoptic import PanopticPrediction, PostProcessPanoptic
-from detr.postprocess import PostProcessSegm
+from detr.loading import Detector
+from detr.loading import load as load_detector
+from detr.panoptic import PanopticPrediction
 from detr.presets import PRESETS
-from detr.structures import Category, Detections, Outputs
+from detr.structures import Category, Detections
 from detr.visualize import draw_detections, draw_panoptic
 from engine import Progress
 
 FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEFAULT_FOLDER = Path("outputs", "predictions")
 THRESHOLD = 0.5
-
-
-class Seen(NamedTuple):
-    """What a model says of a batch."""
-    outputs: Outputs
-    sizes: Tensor                   # [B, 2] (height, width) of the images
-    fed: Tensor                     # [B, 2] the same as the model got them, without padding
-
-
-@dataclass(frozen=True)
-class Detector:
-    """A trained model with all that belongs to it."""
-    model: nn.Module
-    postprocessor: nn.Module
-    categories: list[Category]
-    preprocessing: Preprocessing
-    name: str
-    channels: int = 3               # of the images
-    exact: bool = False             # whether padding of a batch leaves the boxes as they are
-    segm: PostProcessSegm | None = None             # of mask models
-    panoptic: PostProcessPanoptic | None = None     # of those for panoptic data
-
-    @torch.no_grad()
-    def look(self, images: Sequence[Picture]) -> Seen:
-        """Images as ``read_image`` gives them, padded to one batch."""
-        device = next(self.model.parameters()).device
-        transforms = eval_transforms(self.preprocessing)
-        fed = [transforms(image, {})[0].to(device) for image in images]
-        return Seen(self.model(fed), torch.tensor([height_width(image) for image in images], device=device),
-                    torch.tensor([image.shape[-2:] for image in fed], device=device))
-
-    def detections(self, seen: Seen, threshold: float = 0.0) -> list[Detections]:
-        """The detections of each image, boxes as corners in its pixels, on the CPU. Of mask models they have ``masks``,
-        run-length codes, and are those alone whose score is at least ``threshold``, since masks cost."""
-        found = self.postprocessor(seen.outputs, seen.sizes)
-        if self.segm is not None:
-            found = self.segm([at_least(threshold, one) for one in found], seen.outputs, seen.sizes, seen.fed)
-        return [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in one.items()}
-                for one in found]
-
-    def maps(self, seen: Seen, threshold: float) -> list[PanopticPrediction]:
-        """The panoptic map of each image, of the image's size, made of queries whose score is above ``threshold``."""
-        assert self.panoptic is not None
-        self.panoptic.threshold = threshold
-        return self.panoptic(seen.outputs, seen.fed, seen.sizes)
-
-    def __call__(self, images: Sequence[Picture]) -> list[Detections]:
-        """All ``detections`` of ``images``."""
-        return self.detections(self.look(images))
-
-
-def at_least(threshold: float, found: Detections) -> Detections:
-    """Detections with such a score, which know their queries."""
-    keep = found["scores"] >= threshold
-    queries = found.get("queries", torch.arange(len(keep), device=keep.device))
-    return {"scores": found["scores"][keep], "labels": found["labels"][keep], "boxes": found["boxes"][keep],
-            "queries": queries[keep]}
-
-
-def load_detector(path: str, model_name: str | None = None) -> Detector:
-    """The model in a checkpoint, path or URL, ready to predict on the CPU.
-
-    A checkpoint of this project has everything inside. One that holds weights alone, as published, is built as the
-    preset ``model_name``, by default ``detr_resnet50`` where its shapes fit; its classes are COCO's where it has 91
-    labels, COCO's panoptic ones where it has 250, and otherwise have no names, and its preprocessing is the published
-    one. Raises ValueError where file and model do not fit, and what ``checkpoint.load`` raises.
-    """
-    content = checkpoint.load(path)
-    remembered = content.get("config", {})
-    if not isinstance(remembered, dict) or "name" not in remembered:                    # of another program, or none
-        remembered = {}
-    name = model_name or remembered.get("name") or settings.name_by_shapes(content["model"], path)
-    if name not in PRESETS:
-        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
-    if remembered and name != remembered["name"]:
-        raise ValueError(f"--model {name}: {path} holds a {remembered['name']}; leave --model out")
-    before = {"padding": "legacy"} if remembered else {}                # all there was before checkpoints said so
-    model_config = config.replace(PRESETS[name].model, {**before, **remembered.get("model", {}), "aux_loss": False})
-    num_classes = content.get("num_classes") or settings.classes_that_fit(model_config, content["model"])
-    if num_classes is None:
-        raise ValueError(f"{path} says nothing of its number of classes, and with none would it fit {name}; give the "
-                         f"--model that it was trained as, or use a checkpoint that main.py wrote")
-    model, _, postprocessors = model_config.build(num_classes)
-    checkpoint.load_model(model, content["model"], path)
-    known = published_classes(num_classes)
-    categories = settings.class_table(content) or known or [Category(label, label, f"label {label}")
-                                                            for label in range(num_classes)]
-    preprocessing = Preprocessing.from_dict(content["preprocessing"]) if "preprocessing" in content else Preprocessing()
-    if not remembered:
-        classes = (f"{num_classes} without names" if not known else
-                   "COCO's panoptic ones" if known is COCO_PANOPTIC else "COCO's")
-        print(f"{path} holds weights alone: taken as {name}, classes {classes}, short side {preprocessing.size}",
-              flush=True)
-    segm, panoptic = postprocessors.get("segm"), None
-    if segm is not None:
-        segm.rle = True
-        if remembered.get("data", {}).get("dataset_file") == "coco_panoptic" or \
-                not remembered and known is COCO_PANOPTIC:
-            things = {category.label for category in categories if category.isthing}
-            panoptic = model_config.panoptic({label: label in things for label in range(num_classes)},
-                                         crop=backbone_of(model).exact)
-    return Detector(model.eval(), postprocessors["bbox"], categories, preprocessing, name, model_config.in_channels,
-                    backbone_of(model).exact, segm, panoptic)
 
 
 def find_images(sources: Sequence[str], formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -235,17 +127,6 @@ def read_batches(paths: Sequence[Path], size: int, channels: int,
         yield batch
 
 
-def check_finite(seen: Seen, paths: Sequence[Path], source: str) -> None:
-    """Raises ValueError for the first image of a batch whose outputs are not numbers, which thresholds would pass over.
-    Logits may be -inf: what has no chance."""
-    outputs = seen.outputs
-    for i, path in enumerate(paths):
-        sound = (outputs["pred_logits"][i] < float("inf")).all() and outputs["pred_boxes"][i].isfinite().all()
-        if not sound or "pred_masks" in outputs and not outputs["pred_masks"][i].isfinite().all():
-            raise ValueError(f"{path}: the model's scores or boxes{' or masks' * ('pred_masks' in outputs)} are not "
-                             f"finite; look for the same in the weights of {source}")
-
-
 def draw_found(image: Picture, found: Detections, threshold: float, categories: dict[int, Category],
                without_class: Counter[int]) -> tuple[Image.Image, list[dict[str, Any]]]:
     """A picture of the detections of at least ``threshold``, and their rows for the json. Labels that are not in
@@ -290,16 +171,16 @@ def draw_map(image: Picture, found: PanopticPrediction, categories: dict[int, Ca
     return draw_panoptic(image, ids, shown, names, min_side=0), ids, rows
 
 
-def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: float = THRESHOLD, batch_size: int = 1,
-            source: str = "") -> list[Path]:
+def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: float = THRESHOLD,
+            batch_size: int = 1) -> list[Path]:
     """Write pictures and json (and of panoptic models PNGs) for ``paths`` to ``folder``; returns the files that could not
-    be read. ``source`` is what the json says of the checkpoint."""
+    be read."""
     categories = {category.label: category for category in detector.categories}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     unreadable: list[Path] = []
     without_class: Counter[int] = Counter()
-    pictures, panoptic = picture_names(paths), detector.panoptic is not None
+    pictures, panoptic = picture_names(paths), "panoptic" in detector.postprocessors
     maps = picture_names([path.with_suffix(".png") for path in paths])                  # a.jpg and a.png have two
     if panoptic:
         (folder / "panoptic").mkdir()
@@ -313,7 +194,7 @@ def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: 
         if not batch:
             continue
         seen = detector.look([image for _, image in batch])
-        check_finite(seen, [paths[place] for place, _ in batch], source or detector.name)
+        detector.check_finite(seen, [str(paths[place]) for place, _ in batch])
         results = detector.maps(seen, threshold) if panoptic else detector.detections(seen, threshold)
         for (place, image), found in zip(batch, results):
             if panoptic:
@@ -331,7 +212,7 @@ def predict(detector: Detector, paths: Sequence[Path], folder: Path, threshold: 
     if without_class:
         print(f"left out: {without_class.total()} {'segments' if panoptic else 'detections'} of labels that the data "
               f"does not use ({', '.join(map(str, sorted(without_class)))})")
-    info = {"model": detector.name, "checkpoint": source, "threshold": threshold,
+    info = {"model": detector.name, "checkpoint": detector.source, "threshold": threshold,
             "preprocessing": detector.preprocessing.as_dict()}
     kinds = [{"id": category.id, "name": category.name, **({"isthing": int(category.isthing)} if panoptic else {})}
              for category in detector.categories]
@@ -372,17 +253,18 @@ def main(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: at least 1 is needed")
     device = command_line.choose_device(args.device or "cuda", args.device is not None)
-    detector = load_detector(args.resume, args.model)
+    detector = load_detector(args.resume, model=args.model)
     paths = find_images(args.sources, FORMATS if detector.channels in (1, 3) else (*FORMATS, ".npy"))
-    detector.model.to(device)
+    detector.to(device)
     threshold = args.threshold
     if threshold is None:
-        threshold = THRESHOLD if detector.panoptic is None else detector.panoptic.threshold
+        panoptic = detector.postprocessors.get("panoptic")
+        threshold = THRESHOLD if panoptic is None else panoptic.threshold
     print(f"model: {detector.name}; images: {len(paths)}; threshold: {threshold}; device: {device}", flush=True)
     if args.batch_size > 1 and not detector.exact:
         print("images of a batch are padded to one size, which changes this model's boxes a little; --batch_size 1 does "
               "not", flush=True)
-    unreadable = predict(detector, paths, output_folder(args.output_dir), threshold, args.batch_size, args.resume)
+    unreadable = predict(detector, paths, output_folder(args.output_dir), threshold, args.batch_size)
     if unreadable:
         print(f"{len(unreadable)} of {len(paths)} images could not be read: {', '.join(map(str, unreadable))}")
     return 1 if unreadable else 0

@@ -4,8 +4,10 @@ import errno
 import hashlib
 import http.server
 import io
+import json
 import os
 import re
+import stat
 import sys
 import threading
 from collections import OrderedDict
@@ -110,6 +112,43 @@ def test_the_folder_is_a_file(tmp_path):
         checkpoint.save(tmp_path / "output" / "checkpoint.pth", {"model": {}})
 
 
+def test_the_former_file_stays_where_asked_for(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    for epoch in range(3):
+        checkpoint.save(path, {"model": {}, "epoch": epoch}, previous=True)
+    checkpoint.save(path, {"model": {}, "epoch": 3})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "checkpoint_previous.pth"]
+    assert [checkpoint.load(path)["epoch"], checkpoint.load(checkpoint.previous_of(path))["epoch"]] == [3, 1]
+
+
+def test_what_is_written_goes_to_the_disk(tmp_path, monkeypatch):
+    """The content before the name points to it, and then the name."""
+    steps, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def renamed(*names):
+        steps.append("name")
+        replace(*names)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    checkpoint.save(tmp_path / "a.pth", {"model": {}})
+    checkpoint.save_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(1)}, {})
+    assert steps == ["file", "name", "folder"] * 2
+
+
+def test_a_leftover_of_a_killed_process_is_not_written_through(tmp_path):
+    """One that has the number of this process, and whose file has a second name."""
+    checkpoint.save(tmp_path / "a.pth", {"model": {}, "epoch": 1})
+    os.link(tmp_path / "a.pth", checkpoint._partial(tmp_path / "a.pth"))
+    os.link(tmp_path / "a.pth", tmp_path / "mine.pth")
+    checkpoint.save(tmp_path / "a.pth", {"model": {}, "epoch": 2})
+    assert [checkpoint.load(tmp_path / name)["epoch"] for name in ("a.pth", "mine.pth")] == [2, 1]
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "mine.pth"]
+
+
 def test_published_layouts(tmp_path):
     """A Namespace of flags, NumPy numbers under both module names, a bare state_dict, the format before 2020."""
     weights = small_model().state_dict()
@@ -195,6 +234,26 @@ def test_a_whole_pickled_model_is_refused(tmp_path):
         checkpoint.load(tmp_path / "script.pth")
 
 
+def test_cut_short_in_the_directory_of_the_archive(tmp_path):
+    """Which stands at its end; not a byte may be missing."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": small_model().state_dict()}, path)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
+    for kept in [*range(directory - 3, len(whole), 37), *range(len(whole) - 25, len(whole))]:
+        path.write_bytes(whole[:kept])
+        for mmap in (False, True):
+            with pytest.raises(ValueError, match="a.pth is damaged, cut short or no checkpoint"):
+                checkpoint.load(path, mmap=mmap)
+
+
+def test_tensors_left_on_the_disk(tmp_path):
+    state = {"model": small_model().state_dict(), "epoch": 3}
+    checkpoint.save(tmp_path / "a.pth", state)
+    read = checkpoint.load(tmp_path / "a.pth", mmap=True)
+    assert equal(read["model"], state["model"]) and read["epoch"] == 3
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_cut_short(tmp_path, kept, zipped):
@@ -252,6 +311,54 @@ def test_safetensors_are_bare_weights(tmp_path):
         assert {name: x.dtype for name, x in read["model"].items()} == {name: x.dtype for name, x in weights.items()}
 
 
+def test_safetensors_with_metadata(tmp_path):
+    """Read by the package itself: tensors whole, alone or in pieces, metadata as texts in JSON."""
+    safetensors = pytest.importorskip("safetensors")
+    shared = torch.rand(4, 6)
+    weights = {"head.0": shared, "head.1": shared, "part": shared[1:3], "turned": shared.t(), "scalar": torch.tensor(3),
+               "none": torch.empty(0, 4), "half": torch.ones(2, dtype=torch.bfloat16),
+               "mask": torch.tensor([True, False]), "parameter": nn.Parameter(torch.rand(2))}
+    metadata = {"config": {"name": "tiny", "sizes": (4, 5), "none": None}, "epoch": 3, "note": "5 µm", "loss": 1e-300,
+                "model": "a name that is taken"}
+    path = tmp_path / "new" / "a.safetensors"
+    checkpoint.save_safetensors(path, weights, metadata)
+    with safetensors.safe_open(path, "pt") as file:
+        texts = file.metadata()
+        assert all(torch.equal(file.get_tensor(name), weights[name]) for name in weights)
+    assert texts.pop("format") == "pt"
+    assert {name: json.loads(text) for name, text in texts.items()} == json.loads(json.dumps(metadata))
+    read = checkpoint.load(path)
+    assert equal(read.pop("model"), weights) and os.listdir(path.parent) == ["a.safetensors"]
+    assert read == {"config": {"name": "tiny", "sizes": [4, 5], "none": None}, "epoch": 3, "note": "5 µm", "loss": 1e-300}
+
+
+def test_safetensors_of_others_with_metadata(tmp_path):
+    """Plain texts stay texts."""
+    content = pytest.importorskip("safetensors.torch").save({"w": torch.ones(2)}, {"format": "pt", "by": "{someone"})
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert checkpoint.load(tmp_path / "a.safetensors").pop("by") == "{someone"
+
+
+@pytest.mark.parametrize("value, message", [
+    ({"a": [1, torch.ones(1)]}, r"metadata\['x'\]\['a'\]\[1\] is a torch.Tensor; .* numbers and None"),
+    ({1: 2}, r"metadata\['x'\] has the key 1; .* are strings"), (np.float64(1), r"metadata\['x'\] is a numpy.float64")])
+def test_metadata_that_could_not_be_read_again(tmp_path, value, message):
+    with pytest.raises(TypeError, match=message):
+        checkpoint.save_safetensors(tmp_path / "a.safetensors", {}, {"x": value})
+    with pytest.raises(ValueError, match="a.pth: give it the ending .safetensors"):
+        checkpoint.save_safetensors(tmp_path / "a.pth", {}, {})
+    assert not os.listdir(tmp_path)
+
+
+def test_failure_in_the_middle_keeps_the_old_safetensors(tmp_path, monkeypatch):
+    path = tmp_path / "best.safetensors"
+    checkpoint.save_safetensors(path, {"w": torch.ones(3)}, {"epoch": 1})
+    full_disk_on_sync(monkeypatch)
+    with pytest.raises(OSError, match="cannot write .*best.safetensors: .*No space left.*Make room.*there is unchanged"):
+        checkpoint.save_safetensors(path, {"w": torch.zeros(3)}, {"epoch": 2})
+    assert checkpoint.load(path)["epoch"] == 1 and os.listdir(tmp_path) == ["best.safetensors"]
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.9, 0.999])
 def test_safetensors_cut_short(tmp_path, kept):
     whole = as_safetensors(small_model().state_dict())
@@ -272,8 +379,9 @@ def test_safetensors_that_are_something_else(tmp_path):
 def test_without_the_package_for_safetensors(tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").write_bytes(as_safetensors(small_model().state_dict()))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match="a.safetensors: .*needs the package safetensors; pip install safetensors"):
-        checkpoint.load(tmp_path / "a.safetensors")
+    for use in (checkpoint.load, lambda path: checkpoint.save_safetensors(path, {}, {})):
+        with pytest.raises(ImportError, match="a.safetensors: .*needs the package safetensors; pip install safetensors"):
+            use(tmp_path / "a.safetensors")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -12,10 +12,7 @@ from small_data import damaged
 from torch.utils.data import DataLoader
 
 from datasets import collate
-from datasets.annotations import COCO_CATEGORIES
 from datasets.coco_panoptic import (
-    COCO_PANOPTIC,
-    COCO_STUFF,
     CocoPanoptic,
     PanopticAnnotations,
     build_coco_panoptic,
@@ -25,6 +22,7 @@ from datasets.coco_panoptic import (
     read_ids,
 )
 from datasets.transforms import Preprocessing, make_transforms
+from detr.coco_classes import COCO_CATEGORIES, COCO_PANOPTIC, COCO_STUFF
 from detr.structures import Category
 
 CAT, GRASS, CROWD, THIN = 7 + 256 * 5 + 65536 * 3, 65536 * 200, 256 * 9, 12       # ids that need all three bytes

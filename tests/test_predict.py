@@ -341,11 +341,12 @@ def test_published_panoptic_weights(script, published, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", Preset(MASKS))
     torch.save(MASKS.build(250)[0].state_dict(), published(250))
     with pytest.raises(ValueError):
-        script.load_detector(published(250), "small")                           # no masks in it
+        script.load_detector(published(250), model="small")                     # no masks in it
     torch.save({"model": MASKS.build(250)[0].state_dict()}, tmp_path / "small.pth")
-    detector = script.load_detector(str(tmp_path / "small.pth"), "small")
-    assert detector.categories == COCO_PANOPTIC and detector.panoptic.threshold == 0.85
-    assert [detector.panoptic.is_thing(label) for label in (1, 90, 92, 200)] == [True, True, False, False]
+    detector = script.load_detector(str(tmp_path / "small.pth"), model="small")
+    assert detector.categories == COCO_PANOPTIC and detector.postprocessors["panoptic"].threshold == 0.85
+    is_thing = detector.postprocessors["panoptic"].is_thing
+    assert [is_thing(label) for label in (1, 90, 92, 200)] == [True, True, False, False]
 
 
 # Images that are not RGB.
@@ -467,7 +468,7 @@ def published(tmp_path, monkeypatch):
 
 
 def test_weights_alone_with_cocos_classes(script, published, capsys):
-    detector = script.load_detector(published(91), "small")
+    detector = script.load_detector(published(91), model="small")
     assert {row.label: row.name for row in detector.categories} == COCO_CATEGORIES
     assert all(row.label == row.id for row in detector.categories)
     assert detector.preprocessing == Preprocessing() and detector.name == "small" and not detector.model.training
@@ -475,7 +476,7 @@ def test_weights_alone_with_cocos_classes(script, published, capsys):
 
 
 def test_weights_alone_with_other_classes(script, published):
-    detector = script.load_detector(published(4, config="of another program"), "small")
+    detector = script.load_detector(published(4, config="of another program"), model="small")
     assert detector.categories == [(label, label, f"label {label}", True) for label in range(4)]
 
 
@@ -492,7 +493,7 @@ def test_weights_alone_are_taken_as_detr_resnet50(script, tmp_path, monkeypatch)
 
 def test_labels_that_the_data_does_not_use(script, published, photos, capsys):
     """COCO has 11 in its 91 slots: left out and counted, as in evaluation."""
-    detector = script.load_detector(published(91), "small")
+    detector = script.load_detector(published(91), model="small")
     with torch.no_grad():
         detector.model.class_embed.bias[12] = 50
     Path("out").mkdir()
@@ -507,7 +508,7 @@ def test_all_sides_of_the_checkpoint_are_used(script, trained):
     expected = torch.load(trained, weights_only=True)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in detector.model.state_dict().items())
     found = detector([Image.new("RGB", (60, 50)), Image.new("RGB", (80, 90))])
-    assert [set(one) for one in found] == [{"scores", "labels", "boxes"}] * 2
+    assert [set(one) for one in found] == [{"scores", "labels", "boxes", "names"}] * 2
     assert detector.model([torch.zeros(3, 64, 64)])["pred_boxes"].shape == (1, 5, 4)
 
 
@@ -517,7 +518,7 @@ def test_all_sides_of_the_checkpoint_are_used(script, trained):
 ])
 def test_models_that_contradict(script, trained, name, message):
     with pytest.raises(ValueError, match=message):
-        script.load_detector(str(trained), name)
+        script.load_detector(str(trained), model=name)
 
 
 def test_checkpoints_of_something_else(script, trained, tmp_path):
@@ -525,7 +526,7 @@ def test_checkpoints_of_something_else(script, trained, tmp_path):
     with pytest.raises(ValueError, match="other.pth has no class_embed.weight: it is not a DETR checkpoint"):
         script.load_detector(str(tmp_path / "other.pth"))
     with pytest.raises(ValueError, match="other.pth says nothing of its number of classes"):
-        script.load_detector(str(tmp_path / "other.pth"), "tiny_detr")
+        script.load_detector(str(tmp_path / "other.pth"), model="tiny_detr")
     content = torch.load(trained, weights_only=True)
     torch.save({**content, "num_classes": 4}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth does not fit the model: .*class_embed.weight \[4, 32\] for \[5"):

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+NO_AREA = 1e-14                 # the least area, as a fraction of the image, is above this: sides of float32's resolution
+
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """``[..., 4]`` centre, width, height -> ``[..., 4]`` corners."""
@@ -34,8 +36,9 @@ def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """``part / whole``, and 0 where ``whole`` is 0 (boxes without area), with a finite gradient there."""
-    empty = whole <= 0
+    """``part / whole``, and 0 where ``whole`` is (nearly) 0: boxes without area. The gradient is finite there and at
+    boxes that are hardly more, of which a lower bound keeps it from overflowing."""
+    empty = whole <= NO_AREA
     return torch.where(empty, 0.0, part / torch.where(empty, 1.0, whole))
 
 

@@ -51,11 +51,15 @@ class HungarianMatcher(nn.Module):
         (ascending) and their objects, two int64 tensors of ``min(Q, N)``, on the CPU.
 
         An image without objects matches nothing. Where an image has more objects than queries, the cheapest are
-        matched and a warning counts the rest. Raises ``NonFiniteError`` where predictions or boxes are not numbers.
+        matched and a warning counts the rest. Raises ``NonFiniteError`` where predictions or boxes are not numbers, those
+        of images without objects and of classes that no object has, too.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         counts = [len(target["labels"]) for target in targets]
+        finite = logits.isfinite().all() & boxes.isfinite().all()           # a cost sees the classes of objects alone
         if max(counts, default=0) == 0:
+            if not finite:
+                blame_non_finite(outputs, targets)
             return [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)) for _ in targets]
         check_labels(targets, logits.shape[-1] - (self.class_cost is softmax_class_cost))
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)           # [B, N]
@@ -63,7 +67,7 @@ class HungarianMatcher(nn.Module):
         cost = (self.cost_class * self.class_cost(logits, labels)
                 + self.cost_bbox * (boxes[:, :, None] - true_boxes[:, None]).abs().sum(-1)
                 - self.cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(true_boxes)))
-        cost = cost.cpu()                                                                           # [B, Q, N]
+        cost = torch.where(finite, cost, torch.nan).cpu()                                           # [B, Q, N]
         if not cost.isfinite().all():
             blame_non_finite(outputs, targets)
         surplus = sum(max(0, n - logits.shape[1]) for n in counts)

@@ -143,6 +143,33 @@ def test_predictions_that_are_not_numbers(name, value, image):
         HungarianMatcher()(predicted, targets(3, 2, 0))         # the last image matches nothing, and is told of too
 
 
+@pytest.mark.parametrize("name, value", [("pred_logits", math.nan), ("pred_boxes", math.nan), ("pred_boxes", -math.inf)])
+def test_predictions_that_are_not_numbers_where_nothing_is_matched(name, value):
+    predicted = outputs(2)
+    predicted[name][1, 2, 0] = value
+    with pytest.raises(NonFiniteError, match=f"^not finite: {name} of image 1$"):
+        HungarianMatcher()(predicted, targets(0, 0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("focal", [False, True])
+def test_logits_that_are_not_numbers_of_a_class_without_objects(focal, value):
+    """The focal cost reads the classes of objects alone, and minus infinity is a probability of 0 to a softmax."""
+    predicted, true = outputs(2, logits=C if focal else C + 1), targets(2, 1)
+    for target in true:
+        target["labels"].zero_()
+    predicted["pred_logits"][0, 3, 2] = value
+    with pytest.raises(NonFiniteError, match="^not finite: pred_logits of image 0$"):
+        HungarianMatcher(class_cost=focal_class_cost if focal else softmax_class_cost)(predicted, true)
+
+
+def test_a_cost_that_overflows():
+    predicted = outputs(1)
+    predicted["pred_boxes"][0, 0] = 3e38                                    # a number, and no distance to it is one
+    with pytest.raises(NonFiniteError, match="^not finite: the matching cost$"):
+        HungarianMatcher()(predicted, targets(2))
+
+
 def test_ground_truth_that_is_no_number():
     true = targets(3, 2)
     true[1]["boxes"][0, 3] = math.nan

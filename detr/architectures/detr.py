@@ -128,7 +128,7 @@ class DETR(nn.Module):
         src, mask = features[-1].decompose()
         src = self.input_proj(src)
         hs, memory = self.transformer(src, mask, self.query_embed.weight, self.backbone[-1](features[-1]).to(src.dtype))
-        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()                 # [K, B, Q, C + 1 or 4]
+        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).float().sigmoid()         # [K, B, Q, C + 1 or 4]
         outputs: Outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
             outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]

@@ -3,19 +3,28 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from detr import distributed
+from detr import diagnosis, distributed, sharding
+from detr.diagnosis import CollapseWatch, Skips, StepHistory
+from detr.distributed import say
 from detr.nested_tensor import NestedTensor
+from detr.precision import autocast
 from detr.structures import NonFiniteError, Outputs, Target
 
 Item = TypeVar("Item")
 Batch = tuple[NestedTensor, list[Target]]
+PREDICTIONS = ("pred_logits", "pred_boxes")
 
 
 class Evaluator(Protocol):
@@ -30,14 +39,22 @@ class Evaluator(Protocol):
 class Progress:
     """Tells how a pass over batches goes: a line every ``every`` seconds, and averages at its end.
 
-    ``title`` begins each line; ``remaining_passes`` more passes of this length are counted into the time left.
+    ``title`` begins each line; ``remaining_passes`` more passes of this length are counted into the time left. ``done``
+    steps were done before, by a run that was broken off; ``state_dict`` has the averages of those.
     """
 
-    def __init__(self, title: str, every: float = 10.0, remaining_passes: int = 0) -> None:
-        self.title, self.every, self.remaining_passes = title, every, remaining_passes
+    def __init__(self, title: str, every: float = 10.0, remaining_passes: int = 0, done: int = 0) -> None:
+        self.title, self.every, self.remaining_passes, self.done = title, every, remaining_passes, done
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.images, self.waited = 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums.update(state["sums"])
+        self.counts.update(state["counts"])
 
     def update(self, values: Mapping[str, float], images: int) -> None:
         """Count a finished batch of ``images`` images and its ``values``."""
@@ -63,7 +80,7 @@ class Progress:
         waits for data is measured."""
         start = last = time.perf_counter()
         iterator = iter(batches)
-        for step in range(1, length + 1):
+        for step in range(self.done + 1, length + 1):
             before = time.perf_counter()
             batch = next(iterator)
             self.waited += time.perf_counter() - before
@@ -76,7 +93,7 @@ class Progress:
     def line(self, step: int, length: int, seconds: float, shown: Sequence[str]) -> None:
         if not distributed.is_main():
             return
-        left = seconds / step * (length - step + self.remaining_passes * length)
+        left = seconds / (step - self.done) * (length - step + self.remaining_passes * length)
         averages = self.averages()
         values = "  ".join(f"{name} {averages[name]:.4g}" for name in shown if name in averages)
         print(f"{self.title} {step:>{len(str(length))}}/{length}  {values}  "
@@ -110,14 +127,74 @@ def readings(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict
             **{f"{name}_unscaled": value for name, value in plain.items()}}
 
 
-def check_finite(losses: Mapping[str, float], ids: Sequence[int], where: str) -> None:
-    """Raise a ``NonFiniteError`` that names the losses that are no numbers, the images and the step."""
-    bad = [f"{name} = {value}" for name, value in losses.items()
-           if not math.isfinite(value) and not name.endswith("_unscaled")]
-    if bad:
-        others = " (of this process; the losses are means over all)" if distributed.is_distributed() else ""
-        raise NonFiniteError(f"{', '.join(bad)} at {where}, images {list(ids)}{others}: stopped, and the last checkpoint "
-                             f"is unharmed. Try a lower --lr, or look at these images' annotations")
+def not_finite(values: Mapping[str, float]) -> list[str]:
+    """``name = value`` of what is no number."""
+    return [f"{name} = {value}" for name, value in values.items()
+            if not math.isfinite(value) and not name.endswith("_unscaled")]
+
+
+class Guard:
+    """What is done about values that are no numbers: the cause is looked for and said, everything that is needed to see
+    it again is saved to ``folder``, and then training stops, or, as long as ``skips`` allow it, leaves the step out.
+
+    ``about`` is what a file needs to know to build model and criterion again: the configuration, and ``num_classes``.
+    """
+
+    def __init__(self, skips: Skips | None = None, folder: Path | None = None,
+                 about: Mapping[str, Any] | None = None) -> None:
+        self.skips, self.folder, self.about = skips or Skips("stop", 0), folder, dict(about or {})
+        self.history = StepHistory()
+        self.doing: dict[str, Any] = {}                 # what is being computed, should memory run out
+
+    def report(self, found: Sequence[str], model: nn.Module, criterion: nn.Module, batches: Sequence[Batch],
+               states: Sequence[dict[str, Any]], amp: str, device: torch.device, epoch: int, step: int, lr: float,
+               scaler: torch.amp.GradScaler | None) -> None:
+        """To be called by all processes when one of them has ``found`` something in a step. Returns where the step is
+        only to be left out; else raises a ``NonFiniteError`` that says why."""
+        report = self._blame(found, model, criterion, batches, states, amp, device, epoch, step, lr, scaler)
+        reports = [text for text in distributed.gather_objects(report) if text]
+        told = "\n".join(reports)
+        if self.skips.allow():
+            say(f"{told}\nthis step is left out ({self.skips.count} of at most {self.skips.at_most}, --skip_at_most)")
+            return
+        why = "" if self.skips.policy == "stop" else f"; {self.skips.at_most} steps were left out before (--skip_at_most)"
+        before = f"the last steps:\n{self.history.text()}\n" if self.history.rows else ""
+        raise NonFiniteError(f"{told}\n{before}stopped, and the last checkpoint is "
+                             f"unharmed{why}. Try a lower --lr, or look at these images' annotations; --non_finite skip "
+                             f"would leave such steps out")
+
+    def _blame(self, found: Sequence[str], model: nn.Module, criterion: nn.Module, batches: Sequence[Batch],
+               states: Sequence[dict[str, Any]], amp: str, device: torch.device, epoch: int, step: int, lr: float,
+               scaler: torch.amp.GradScaler | None) -> str | None:
+        """What this process knows; None where all it has are numbers."""
+        takes_targets, scale = getattr(model, "takes_targets", False), 1.0 if scaler is None else scaler.get_scale()
+        for (samples, targets), state in zip(batches, states):
+            there = to_device(samples, targets, device)
+            cause = diagnosis.blame(model, criterion, *there, amp=amp, takes_targets=takes_targets, random_state=state,
+                                    scale=scale)
+            if not cause.startswith(diagnosis.NOT_FOUND):
+                break
+        else:
+            if not found:
+                return None
+        ids = image_ids(targets)
+        who = f"process {distributed.rank()}: " if distributed.is_distributed() else ""
+        scale_of = "" if scaler is None else f", loss scale {scale:g}"
+        lines = [f"{who}{', '.join(found)} at epoch {epoch}, step {step}, images {ids}, learning rate {lr:g}{scale_of}",
+                 cause]
+        if self.folder is not None:
+            suffix = f"_process{distributed.rank()}" if distributed.is_distributed() else ""
+            path = self.folder / f"non_finite_epoch{epoch}_step{step}{suffix}.pth"
+            try:
+                diagnosis.save_repro(path, model=model, criterion_settings=self.about, samples=there[0],
+                                     targets=there[1], random_state=state, where={
+                                         "epoch": epoch, "step": step, "lr": lr, "images": ids, "report": cause,
+                                         "amp": amp, "scale": scale, "history": self.history.state_dict(),
+                                         "scaler": None if scaler is None else scaler.state_dict()})
+                lines.append(f"to see it again: python scripts/replay.py {path}")
+            except (OSError, TypeError) as error:
+                lines.append(f"it could not be saved: {error}")
+        return "\n".join(lines)
 
 
 def post_process(postprocessors: Mapping[str, nn.Module], outputs: Outputs,
@@ -138,49 +215,128 @@ def post_process(postprocessors: Mapping[str, nn.Module], outputs: Outputs,
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Batch], length: int,
                     optimizer: torch.optim.Optimizer, schedule: Any, device: torch.device, epoch: int, *,
-                    max_norm: float = 0.0, amp: str = "off", held: Sequence[nn.Module] = (),
-                    after_step: Callable[[], None] | None = None, progress: Progress | None = None) -> dict[str, float]:
-    """One pass over the ``length`` batches of ``loader``; returns the averages of the losses over it and all processes.
+                    first_step: int = 0, accumulate: int = 1, max_norm: float = 0.0, amp: str = "off",
+                    scaler: torch.amp.GradScaler | None = None, held: Sequence[nn.Module] = (),
+                    guard: Guard | None = None, collapse: CollapseWatch | None = None,
+                    after_step: Callable[[int, Mapping[str, float]], None] | None = None,
+                    progress: Progress | None = None) -> dict[str, float]:
+    """One pass: the optimizer steps ``first_step`` to ``length - 1`` of an epoch, whose batches ``loader`` gives,
+    ``accumulate`` for each step. Returns the averages of the losses over it and all processes.
 
-    ``schedule`` is a learning rate scheduler that steps with the optimizer. Gradients longer than ``max_norm`` are
-    shortened to it (0: left). With ``amp="bf16"`` the model runs in bfloat16 where autocast finds that safe; the
-    criterion always runs in float32. ``held`` modules, frozen parts, work as in evaluation. ``after_step`` is called
-    after each step (a weight average, say).
-    Raises ``NonFiniteError`` naming loss, images and step when something is no number.
+    The gradient of a step is the mean over its batches and the processes; what losses are divided by is the criterion's
+    affair (``divisors``). ``schedule`` is a learning rate scheduler that steps with the optimizer. Gradients longer than
+    ``max_norm`` are shortened to it (0: left). With ``amp="bf16"`` or ``"fp16"`` the model runs in that where autocast
+    finds it safe, the latter with a ``scaler``; the criterion always runs in float32. ``held`` modules, frozen parts,
+    work as in evaluation. ``after_step(step, values)`` is called after each step (a weight average, a checkpoint, say).
+    What is no number is the ``guard``'s affair, by default a ``NonFiniteError``. ``collapse`` is shown all outputs.
     """
     model.train()
     criterion.train()
     for module in held:
         module.eval()
-    progress = progress or Progress(f"epoch {epoch}")
-    takes_targets = getattr(getattr(model, "module", model), "takes_targets", False)    # DistributedDataParallel's, too
-    batches = progress.over(loader, length, ("loss", "class_error", "grad_norm", "lr", "padded"))
-    for step, (samples, targets) in enumerate(batches):
-        ids, where = image_ids(targets), f"epoch {epoch}, step {step}"
-        padded = samples.padded_share
-        samples, targets = to_device(samples, targets, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-            outputs = model(samples, targets) if takes_targets else model(samples)
-        try:
-            losses = criterion(outputs, targets)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; at {where}, images {ids}") from None
-        loss = criterion.weighted_sum(losses)
-
-        values = readings(distributed.mean_over_processes(losses), criterion.weight_dict)
-        check_finite(values, ids, where)
-
+    progress, guard = progress or Progress(f"epoch {epoch}"), guard or Guard()
+    plain = getattr(model, "module", model)                                     # DistributedDataParallel's
+    steps = progress.over(in_groups(loader, accumulate), length, ("loss", "class_error", "grad_norm", "lr", "padded"))
+    for step, batches in enumerate(steps, first_step):
+        lr, values = optimizer.param_groups[0]["lr"], {}
+        kept = diagnosis.kept_buffers(plain) if guard.skips.policy == "skip" else None
+        guard.doing = doing(batches, f"epoch {epoch}, step {step}")
         optimizer.zero_grad()
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf))
-        check_finite({"grad_norm": norm}, ids, where)
-        lr = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        schedule.step()
+        given = add_up_gradients(model, criterion, batches, device, amp, scaler)
+        if not given.broken:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            norm = sharding.clip(model, max_norm if max_norm > 0 else math.inf)
+            overflow = scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+            if not (math.isfinite(norm) or overflow):
+                given = given._replace(broken=True, found=[f"grad_norm = {norm}"])
+        if given.broken:
+            optimizer.zero_grad()
+            alone = sharding.whole(plain)
+            guard.report(given.found, alone, criterion, batches, given.states, amp, device, epoch, step, lr, scaler)
+            if kept is not None:
+                diagnosis.put_back_buffers(plain, kept)                         # statistics that the step has spoilt
+        else:
+            if scaler is None:
+                optimizer.step()
+            else:                                                               # leaves the step out after an overflow
+                scaler.step(optimizer)
+                scaler.update()
+            values = {**readings(distributed.mean_over_processes(given.losses), criterion.weight_dict), "lr": lr,
+                      "padded": sum(samples.padded_share for samples, _ in batches) / len(batches),
+                      **({} if overflow else {"grad_norm": norm}),
+                      **({} if scaler is None else {"overflows": float(overflow), "loss_scale": scaler.get_scale()})}
+            progress.update(values, sum(len(targets) for _, targets in batches))
+            guard.history.add(epoch, step, values["loss"], norm, lr)
+            for predictions, targets in given.predictions if collapse is not None else ():
+                collapse.update(predictions, targets)
+        forward_in_time(schedule)                                               # the step is over, even if left out
         if after_step is not None:
-            after_step()
-        progress.update({**values, "grad_norm": norm, "lr": lr, "padded": padded}, len(targets))
+            after_step(step, values)
     return progress.averages()
+
+
+class Gradients(NamedTuple):
+    """What the batches of an optimizer step have given besides gradients."""
+    losses: dict[str, Tensor]                           # means over the batches of this process
+    predictions: list[tuple[Outputs, list[Target]]]     # logits and boxes of each batch, and its targets
+    states: list[dict[str, Any]]                        # of the random generators, before each batch
+    broken: bool                                        # whether a process met what is no number,
+    found: list[str]                                    # and what, where it was this one
+
+
+def add_up_gradients(model: nn.Module, criterion: nn.Module, batches: Sequence[Batch], device: torch.device, amp: str,
+                     scaler: torch.amp.GradScaler | None) -> Gradients:
+    """Forward and backward of each batch of a step, whose gradients are exchanged between processes once, with the last.
+    Ends where a process meets a loss that is no number: in all of them before the backward pass, which would wait."""
+    takes_targets = getattr(getattr(model, "module", model), "takes_targets", False)
+    divisors = criterion.divisors([targets for _, targets in batches], device)
+    sums: dict[str, Tensor] = {}
+    predictions, states = [], []
+    for k, batch in enumerate(batches):
+        states.append(diagnosis.random_states())
+        samples, targets = to_device(*batch, device)
+        found: list[str] = []
+        waits = k + 1 < len(batches) and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if waits else nullcontext():
+            with autocast(device, amp):
+                outputs = model(samples, targets) if takes_targets else model(samples)
+            try:
+                losses = criterion(outputs, targets, divisors[k])
+                loss = criterion.weighted_sum(losses)
+                if not torch.stack([loss, *losses.values()]).isfinite().all():
+                    found = not_finite(readings(losses, criterion.weight_dict)) or [f"loss = {float(loss)}"]
+            except NonFiniteError as error:
+                found = [str(error)]
+            if distributed.any_of(bool(found))[0]:
+                return Gradients({}, [], states, True, found)
+            loss = loss / len(batches)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        predictions.append(({name: outputs[name].detach() for name in PREDICTIONS if name in outputs}, targets))
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+    return Gradients(sums, predictions, states, False, [])
+
+
+def doing(batches: Sequence[Batch], where: str) -> dict[str, Any]:
+    """The largest batch of a step, for a message about memory."""
+    samples, targets = max(batches, key=lambda batch: batch[0].tensors.numel())
+    return {"shape": list(samples.tensors.shape), "where": where,
+            "objects": sum(len(target.get("labels", ())) for target in targets)}
+
+
+def forward_in_time(schedule: Any) -> None:
+    """``schedule.step()`` without PyTorch's warning where the first steps of an optimizer were left out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        schedule.step()
+
+
+def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """``size`` batches at a time."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
 
 
 @torch.no_grad()
@@ -201,11 +357,12 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Mapping[str
         samples, targets = to_device(samples, targets, device)
         outputs = model(samples)
         try:
-            losses = criterion(outputs, targets)
+            values = readings(criterion(outputs, targets), criterion.weight_dict)
+            if bad := not_finite(values):
+                raise NonFiniteError(", ".join(bad))
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; at {where}, images {ids}") from None
-        values = readings(losses, criterion.weight_dict)
-        check_finite(values, ids, where)
+            cause = diagnosis.blame(model, criterion, samples, targets, backward=False)
+            raise NonFiniteError(f"{error}; at {where}, images {ids}\n{cause}") from None
         predictions = {kind: dict(zip(ids, of_images))
                        for kind, of_images in post_process(postprocessors, outputs, targets).items()}
         for evaluator in evaluators:

@@ -4,30 +4,22 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import BatchSampler, DataLoader
 
-from datasets import build_dataset, build_evaluators, collate, published_classes
+from datasets import build_dataset, collate, published_classes
 from datasets.augment import Mosaic, labels_of
 from datasets.check import HowFar, check
 from datasets.coco import CocoDetection
-from datasets.drawn import Drawn
 from datasets.examination import counted, few
 from datasets.formats import coco_layout, recognise
-from datasets.sampler import EvaluationBatches, EvaluationShard, TrainingBatches, TrainingSampler, repeat_factors
 from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import (
@@ -38,7 +30,6 @@ from datasets.transforms import (
     eval_transforms,
     make_transforms,
     normalisation,
-    resized,
 )
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
@@ -58,10 +49,14 @@ from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.finetune import adapt, counts, detector, freeze, layout, query_usage, table
 from detr.losses import balanced_weights
+from detr.memory import checkpoint_activations, compile_model
+from detr.optimization import Sharing, share_out
+from detr.precision import be_deterministic
 from detr.presets import ARCHITECTURES, PRESETS
+from detr.run_folder import RunFolder
 from detr.settings import Settings, class_table, decide
 from detr.structures import Category, NonFiniteError
-from engine import Progress, duration, evaluate, post_process, train_one_epoch
+from training import Interrupted, Judge, chosen_batch_size, fit
 
 # Title of each group of flags in --help, and the dataclass or the fields that it shows. A flag that several architectures
 # have shows the default of the first; the others' are in their presets.
@@ -83,8 +78,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
 ]
 
 # What a training leaves in its folder.
-OUTPUTS = ("checkpoint*.pth", "log.txt", "curves.png", "detections.png", "batch.png", "results*.json", "panoptic*",
-           "eval", "tensorboard")
+OUTPUTS = ("checkpoint*.pth", "checkpoints.txt", "best.*", "final.*", "non_finite*.pth", "log.txt", "steps.txt",
+           "curves.png", "detections.png", "batch.png", "results*.json", "panoptic*", "eval", "tensorboard")
 
 
 class Flag(argparse.Action):
@@ -126,8 +121,28 @@ def settle(args: argparse.Namespace, given: tuple[Any, Any] | None = None) -> Se
     """Flags -> settings; says what it chose. ``given``: data sets from Python, see ``main``. Raises ValueError for what
     the chosen model does not have."""
     typed = config.typed_flags(args, [TrainConfig, DataConfig, RunConfig, *ARCHITECTURES])
-    settings = decide(typed, args.model, given is not None)
+    automatic = typed.get("resume") == "auto"
+    if automatic:
+        typed = resume_newest(typed)
+    settings = dataclasses.replace(decide(typed, args.model, given is not None), automatic=automatic,
+                                   typed=frozenset(typed))
     return settings if given is None else fitting(settings, typed, *given)
+
+
+def resume_newest(typed: dict[str, Any]) -> dict[str, Any]:
+    """``--resume auto``: with the newest whole checkpoint of the output folder, or without ``--resume``; said."""
+    if not typed.get("output_dir"):
+        raise ValueError("--resume auto looks for a checkpoint in --output_dir: name the folder of the training")
+    folder = Path(typed["output_dir"])
+    found = RunFolder(folder).newest() if distributed.is_main() else None
+    found = distributed.gather_objects(found)[0]                        # another process might see other files
+    if found is None and any(folder.glob("checkpoint*.pth")):
+        raise ValueError(f"--resume auto: no checkpoint in {folder} can be read; move them away to begin anew, or "
+                         f"--resume a copy")
+    if found is None:
+        say(f"--resume auto: {folder} has no checkpoint to go on from; training begins")
+        return {name: value for name, value in typed.items() if name != "resume"}
+    return typed | {"resume": str(found)}
 
 
 def choose_device(wanted: str, typed: bool) -> str:
@@ -154,18 +169,6 @@ def without_workers(settings: Settings) -> Settings:
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, num_workers=0), note=note)
 
 
-def choose_precision(amp: str, device: torch.device) -> str:
-    """``auto`` -> ``bf16`` where the device computes in it fast, else ``off``; said."""
-    if amp != "auto":
-        return amp
-    if device.type == "cpu":
-        fast = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    say(f"training in {'bfloat16' if fast else 'float32, since this processor has no fast bfloat16'} (--amp auto)")
-    return "bf16" if fast else "off"
-
-
 def build(settings: Settings, validation: Any, training: Any, preprocessing: Preprocessing,
           device: torch.device) -> tuple[nn.Module, nn.Module, dict]:
     """Model, criterion and post-processing, the model with its first weights: those of ``--resume``, what fits of
@@ -181,7 +184,13 @@ def build(settings: Settings, validation: Any, training: Any, preprocessing: Pre
                                           for category in training.categories if objects[category.label]))
     resumed, run, backbone = settings.resumed, settings.run, settings.model.backbone
     if resumed is not None:
-        checkpoint.load_model(model, resumed["model"], run.resume)
+        try:
+            checkpoint.load_model(model, resumed["model"], run.resume)
+        except ValueError as error:
+            if settings.changed:
+                raise ValueError(f"{error}; changed since it was written, and perhaps why: "
+                                 f"{', '.join(settings.changed)}") from None
+            raise
         say(f"weights: {run.resume}")
     elif settings.begun is not None:
         begin(settings, model, training, preprocessing, device)
@@ -251,42 +260,6 @@ def fixed(backbone: Backbone, lr_backbone: float) -> str:
     return f"its stem and {first} stay fixed (--frozen_stages {stages})" if stages else "all of it trains"
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, which follows faster while it is young."""
-    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], steps: int | torch.Tensor) -> None:
-        weight = 1 - min(decay, (1 + int(steps)) / (10 + int(steps)))
-        for mean, value in zip(averaged, current):
-            mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-
-def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or with ``--sgd`` SGD with momentum, as published for Deformable DETR. Each group has its learning rate."""
-    if train.sgd:
-        return torch.optim.SGD(groups, lr=train.lr, momentum=0.9, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
-
-
-def drops_before(epoch: int, train: TrainConfig) -> int:
-    """How often a step schedule has divided the learning rates by ten when ``epoch`` begins."""
-    if train.lr_drop_epochs is None:
-        return epoch // train.lr_drop
-    return sum(drop <= epoch for drop in train.lr_drop_epochs)
-
-
-def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps_per_epoch: int,
-                           first_epoch: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The factor of all learning rates as a function of the optimizer step alone, so that resuming needs no memory."""
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-        if train.lr_schedule == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (train.epochs * steps_per_epoch))))
-        return warm * 0.1 ** drops_before(step // steps_per_epoch, train)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=first_epoch * steps_per_epoch - 1)
-
-
 def output_folder(settings: Settings) -> Path | None:
     """``--output_dir``; without it a training gets a new folder below ``outputs/``, a resumed one goes on in its own,
     and an evaluation has none. What an earlier training left there is set aside, never overwritten."""
@@ -333,12 +306,13 @@ def main(args: argparse.Namespace, data: tuple[Any, Any] | None = None) -> dict[
 def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None = None) -> dict[str, Any]:
     """Data, model, and then evaluation or training. ``given``: see ``main``."""
     train, data = settings.train, settings.data
-    world = distributed.world_size()
+    if settings.run.deterministic:
+        be_deterministic(device)
     missing = " (no cuda found)" if device.type != "cuda" and settings.run.device == "cuda" else ""
+    sharing = None if settings.run.auto_batch_size else shared_out(settings)
     say(f"model: {settings.name}; padding: {settings.model.padding}; "
         f"data: {'from Python' if given else data.data or data.coco_path or 'synthetic'}; device: {device}{missing}; "
-        f"images per process x processes x accumulation = {train.batch_size} x {world} x 1 = "
-        f"{train.batch_size * world}")
+        + (sharing_in_words(sharing) if sharing else "images per process: the most that fit (--auto_batch_size)"))
     if settings.note:
         say(settings.note)
     training, validation, preprocessing = given_data(settings, *given) if given else load_data(settings)
@@ -346,6 +320,18 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     model, criterion, postprocessors = build(settings, validation, training, preprocessing, device)
     held = [] if settings.run.eval else freeze_parts(model, train.freeze)
     model, criterion = model.to(device), criterion.to(device)
+    criterion.normalizer = train.loss_normalizer
+    if settings.run.activation_checkpointing:
+        say(f"computed again in the backward pass: {few(checkpoint_activations(model), 4)}")
+    if settings.run.compile:
+        say(f"compiled at their first call: {few(compiled(model, device), 4)}")
+    if sharing is None:
+        chosen = chosen_batch_size(settings, training, model, criterion, device)
+        settings = dataclasses.replace(settings, train=dataclasses.replace(train, batch_size=chosen))
+        sharing = shared_out(settings)
+        say(sharing_in_words(sharing))
+    train = dataclasses.replace(settings.train, batch_size=sharing.batch_size)
+    settings = dataclasses.replace(settings, train=train)
     masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
     if masks:
         postprocessors["segm"].rle = True                           # what is scored and saved; small
@@ -384,7 +370,28 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         pictures = sheet(training, preprocessing, names, visualize.draw_detections, visualize.side_by_side)
         pictures.save(folder / "batch.png")
         say(f"picture of the training images: {folder / 'batch.png'}")
-    return fit(settings, training, model, criterion, judge, preprocessing, folder, device, held)
+    return fit(settings, training, model, criterion, judge, preprocessing, folder, device, sharing, held)
+
+
+def compiled(model: nn.Module, device: torch.device) -> list[str]:
+    """``--compile``: the names of the parts. Raises ValueError where the machine cannot."""
+    try:
+        return compile_model(model, device)
+    except RuntimeError as error:
+        raise ValueError(error) from error
+
+
+def shared_out(settings: Settings) -> Sharing:
+    """How the images of a step come together; in an evaluation there are no steps to share out."""
+    train, run = settings.train, settings.run
+    chosen = run.eval or run.auto_batch_size or "batch_size" in settings.typed
+    images = 0 if run.eval else train.global_batch_size
+    return share_out(train.batch_size, images, distributed.world_size(), fixed=chosen)
+
+
+def sharing_in_words(sharing: Sharing) -> str:
+    return (f"images per process x processes x accumulation = {sharing.batch_size} x {sharing.world_size} x "
+            f"{sharing.accumulate} = {sharing.images}")
 
 
 # Data.
@@ -508,247 +515,13 @@ def freeze_parts(model: nn.Module, parts: str) -> list[nn.Module]:
     return frozen.modules
 
 
-class Judge:
-    """Evaluates a model on the validation data, each image once over all processes."""
-
-    def __init__(self, validation: Any, criterion: nn.Module, postprocessors: dict, settings: Settings,
-                 preprocessing: Preprocessing, equal: bool, folder: Path | None, device: torch.device) -> None:
-        """``equal``: no batch may have padding in it. Panoptic maps are written to ``folder``."""
-        self.validation, self.criterion, self.postprocessors = validation, criterion, postprocessors
-        self.folder = folder
-        self.device, self.print_every = device, settings.run.print_every
-        process = distributed.rank(), distributed.world_size()
-        if settings.data.bucket_eval or equal:
-            sizes = [resized(h, w, preprocessing.size, preprocessing.max_size) for h, w in validation.sizes.tolist()]
-            batches: Any = EvaluationBatches(sizes, settings.train.batch_size, *process, equal=equal)
-        else:
-            shard = EvaluationShard(len(validation), *process)
-            batches = BatchSampler(shard, settings.train.batch_size, drop_last=False)
-        self.loader = data_loader(validation, batches, settings, device)
-
-    def __call__(self, model: nn.Module, title: str) -> dict[str, Any]:
-        self.evaluators = build_evaluators(self.validation, "segm" in self.postprocessors, self.folder)
-        return evaluate(model, self.criterion, self.postprocessors, self.loader, len(self.loader), self.evaluators,
-                        self.device, Progress(title, self.print_every))
-
-    def save(self) -> None:
-        """The last evaluation's predictions as COCO json, and pycocotools' ``eval`` dict."""
-        if self.folder is None or not distributed.is_main():
-            return
-        box, *panoptic = self.evaluators
-        box.save_results(self.folder / "results.json")
-        for evaluator in panoptic:
-            evaluator.save_results()
-        curves = self.folder / "eval" / "latest.pth"
-        curves.parent.mkdir(exist_ok=True)
-        torch.save(box.eval, curves.with_suffix(".unfinished"))
-        os.replace(curves.with_suffix(".unfinished"), curves)
-
-
-def data_loader(dataset: Any, batches: Any, settings: Settings, device: torch.device,
-                training: bool = False) -> DataLoader:
-    """Batches. Workers of a training are started anew each epoch, with randomness of that epoch."""
-    workers = settings.run.num_workers
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      persistent_workers=workers > 0 and not training, pin_memory=device.type == "cuda")
-
-
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Randomness that depends on seed, epoch and process alone, so that a resumed training goes on as an unbroken one."""
-    torch.manual_seed(((seed * 1_000_003 + epoch) * 1_009 + distributed.rank()) % 2**63)
-
-
-def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module, judge: Judge,
-        preprocessing: Preprocessing, folder: Path, device: torch.device,
-        held: Sequence[nn.Module] = ()) -> dict[str, Any]:
-    """Train epoch by epoch; after each, evaluate, log and save. ``held`` are frozen parts."""
-    train = settings.train
-    process = distributed.rank(), distributed.world_size()
-    repeats = None
-    if settings.data.repeat_threshold:
-        repeats = repeat_factors(training.labels_of_images(), settings.data.repeat_threshold)
-        say(f"repeated images: {int((repeats > 1).sum())} of {len(repeats)} have a rare class; an epoch has "
-            f"{int(repeats.sum())} images")
-    if settings.data.bucket_train:
-        sampler: Any = TrainingBatches(training.sizes, training.transforms, train.batch_size, *process, train.seed,
-                                       repeats)
-        loader = data_loader(Drawn(training), sampler, settings, device, training=True)
-    else:
-        sampler = TrainingSampler(len(training), *process, train.seed, repeats)
-        loader = data_loader(training, BatchSampler(sampler, train.batch_size, drop_last=True), settings, device,
-                             training=True)
-    if len(loader) == 0:
-        raise ValueError(f"--batch_size {train.batch_size} on {process[1]} processes needs "
-                         f"{process[1] * train.batch_size} training images, and there are {len(training)}; lower it")
-    optimizer = make_optimizer(settings.model.parameter_groups(model, train.lr), train)
-    ema = moving_average(model, train.ema_decay) if train.ema_decay else None
-    first_epoch = restore(settings, model, optimizer, ema)
-    schedule = learning_rate_schedule(optimizer, train, len(loader), first_epoch)
-    wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) \
-        if distributed.is_distributed() else model
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"parameters that train: {parameters}; epochs {first_epoch} to {train.epochs - 1} of {len(loader)} steps; "
-        f"output: {folder}")
-    log, amp = Log(folder, settings.run.tensorboard), choose_precision(train.amp, device)
-    results: dict[str, Any] = {}
-    start = time.perf_counter()
-    for epoch in range(first_epoch, train.epochs):
-        sampler.set_epoch(epoch)
-        seed_epoch(train.seed, epoch)
-        progress = Progress(f"epoch {epoch}", settings.run.print_every, train.epochs - 1 - epoch)
-        averages = train_one_epoch(wrapped, criterion, loader, len(loader), optimizer, schedule, device, epoch,
-                                   max_norm=train.clip_max_norm, amp=amp, held=held,
-                                   after_step=ema and (lambda: ema.update_parameters(model)), progress=progress)
-        last = epoch + 1 == train.epochs
-        scored = ema.module if ema else model
-        share_statistics(scored)
-        evaluated = last or (epoch + 1) % train.eval_every == 0
-        results = judge(scored, f"evaluation {epoch}") if evaluated else {}
-        if distributed.is_main():
-            state = {"model": scored.state_dict(), "optimizer": optimizer.state_dict(),
-                     "lr_scheduler": schedule.state_dict(), "epoch": epoch, "config": settings.as_dict(),
-                     "categories": [category._asdict() for category in training.categories],
-                     "num_classes": training.num_classes,
-                     "preprocessing": preprocessing.as_dict()}
-            if ema:
-                state |= {"training_model": model.state_dict(), "ema_steps": int(ema.n_averaged)}
-            save_checkpoints(folder, state, train, epoch)
-            log.write(epoch, averages, results, parameters)
-        if evaluated:
-            judge.save()
-    say(f"trained for {duration(time.perf_counter() - start)}, evaluation and saving included")
-    if distributed.is_main() and train.epochs > first_epoch:
-        picture_of_detections(scored, judge, preprocessing, folder, device)
-    log.close()
-    return results
-
-
-def share_statistics(model: nn.Module) -> None:
-    """Rank 0's buffers for all processes: each gathered batch norm's statistics from its own images, but one model is
-    evaluated and saved."""
-    if distributed.is_distributed():
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
-def restore(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None) -> int:
-    """Continue the checkpoint of ``--resume``: optimizer, averages; returns the first epoch to train. Learning rate and
-    weight decay are those of the settings, since a typed ``--lr`` is meant."""
-    resumed, run = settings.resumed, settings.run
-    if resumed is None:
-        return 0
-    if "optimizer" not in resumed or "epoch" not in resumed:
-        say(f"{run.resume} has weights only: training starts at epoch {run.start_epoch} with a new optimizer")
-        return run.start_epoch
-    wanted = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(resumed["optimizer"])
-    except ValueError as error:
-        flags = [f"--{name}" for name in ("lr_backbone", "from_scratch", "lr_backbone_names", "lr_linear_proj_names")
-                 if hasattr(settings.model, name)] + ["--freeze"]
-        raise ValueError(f"{run.resume}: its optimizer does not fit the parameters that train now ({error}); resume "
-                         f"with the same {', '.join(flags)} as before") from None
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, wanted):
-        group["lr"], group["weight_decay"] = lr, weight_decay
-    if ema is not None:
-        ema.module.load_state_dict(resumed["model"])
-        ema.n_averaged.fill_(resumed.get("ema_steps", 0))
-    if "training_model" in resumed:
-        checkpoint.load_model(model, resumed["training_model"], run.resume)
-    first = run.start_epoch or resumed["epoch"] + 1
-    if first >= settings.train.epochs:
-        raise ValueError(f"{run.resume} has finished epoch {resumed['epoch']} of {settings.train.epochs}: nothing is "
-                         f"left to train; give more --epochs, or --eval")
-    say(f"resumed from {run.resume}: epoch {first} is next")
-    return first
-
-
-def save_checkpoints(folder: Path, state: dict[str, Any], train: TrainConfig, epoch: int) -> None:
-    """``checkpoint.pth`` is always the newest; one more stays from before each drop of the learning rate, and from
-    every hundredth epoch, as published."""
-    checkpoint.save(folder / "checkpoint.pth", state)
-    drops = train.lr_schedule == "step" and drops_before(epoch + 1, train) > drops_before(epoch, train)
-    if drops or (epoch + 1) % 100 == 0:
-        checkpoint.save(folder / f"checkpoint{epoch:04}.pth", state)
-
-
-class Log:
-    """``log.txt`` with one JSON object a line an epoch, the curve drawn from it, and TensorBoard where asked for."""
-
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.file, self.curves, self.writer = folder / "log.txt", folder / "curves.png", None
-        if self.file.exists():
-            visualize.read_log(self.file)               # a line that was cut short is an error now, not after an epoch
-        if tensorboard and distributed.is_main():
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, epoch: int, training: dict[str, float], test: dict[str, Any], parameters: int) -> None:
-        row = {**{f"train_{name}": value for name, value in training.items()},
-               **{f"test_{name}": value for name, value in test.items()}, "epoch": epoch, "n_parameters": parameters}
-        with open(self.file, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        visualize.draw_curves(self.file, self.curves)
-        if self.writer is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, epoch)
-            for title, key in (("coco", "coco_eval_bbox"), ("coco_masks", "coco_eval_masks")):
-                for name, value in zip(visualize.COCO_NUMBERS, test.get(key, ())):
-                    self.writer.add_scalar(f"{title}/{name}", value, epoch)
-            for key in ("PQ_all", "PQ_th", "PQ_st"):
-                for name, value in test.get(key, {}).items():
-                    self.writer.add_scalar(f"panoptic/{key}/{name}", value, epoch)
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-@torch.no_grad()
-def picture_of_detections(model: nn.Module, judge: Judge, preprocessing: Preprocessing, folder: Path,
-                          device: torch.device, count: int = 6, threshold: float = 0.4) -> None:
-    """``detections.png``: what the model sees on a few validation images, with masks where it has some, next to the
-    ground truth; and ``panoptic.png`` likewise for panoptic maps."""
-    data = judge.validation
-    names = {category.label: category.name for category in data.categories}
-    things = {category.label for category in data.categories if category.isthing}
-    with_objects = [i for i in range(len(data)) if len(data.target(i)["labels"])] or list(range(len(data)))
-    rows, maps = [], []
-    for i in with_objects[::max(1, len(with_objects) // count)][:count]:
-        image, target = data.image(i), data.target(i)
-        tensor, fed = eval_transforms(preprocessing)(image, {"orig_size": target["orig_size"]})
-        target_on_device = {name: fed[name].to(device) for name in ("orig_size", "size")}
-        seen = post_process(judge.postprocessors, model([tensor.to(device)]), [target_on_device])
-        found = seen["bbox"][0]
-        keep = found["scores"] > threshold
-        masks = [mask for mask, kept in zip(found["masks"], keep.tolist()) if kept] if "masks" in found else None
-        truth = visualize.draw_detections(image, target["boxes"], target["labels"], names, masks=target.get("masks"))
-        rows.append((truth,
-                     visualize.draw_detections(image, found["boxes"][keep], found["labels"][keep], names,
-                                               found["scores"][keep], masks=masks)))
-        if "panoptic" in seen:
-            segments = [{"id": number, "category_id": label, "isthing": label in things}
-                        for number, label in enumerate(target["labels"].tolist(), 1)]
-            maps.append((visualize.draw_panoptic(image, data.annotations.numbers(i), segments, names),
-                         visualize.draw_panoptic(image, seen["panoptic"][0]["png_string"],
-                                                 seen["panoptic"][0]["segments_info"], names)))
-    files = [folder / "detections.png", folder / "curves.png"]
-    visualize.side_by_side(rows, ("ground truth", f"detections over {threshold}")).save(files[0])
-    if maps:
-        files.append(folder / "panoptic.png")
-        visualize.side_by_side(maps, ("ground truth", "panoptic map")).save(files[-1])
-    say(f"pictures: {', '.join(map(str, files))}")
-
-
 if __name__ == "__main__":
     parser = Parser("DETR", description="Train and evaluate detection transformers.", parents=[get_args_parser()],
                     allow_abbrev=False)
     try:
         main(parser.parse_args())
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+    except Interrupted as interrupted:
+        say(str(interrupted))
+        sys.exit(128 + interrupted.signal)
+    except (ValueError, OSError, ImportError, MemoryError, NonFiniteError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

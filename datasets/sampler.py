@@ -17,23 +17,50 @@ WINDOW = 64                                 # steps of a training among which im
 FEW = 12                                    # batches for which two ways to cut are tried
 
 
-class OfEpoch:
-    """A process's part of an order of ``length`` images that follows from ``seed`` and the epoch.
+class RandomBatches(Sampler[list[Draw]]):
+    """A process's batches of a random order of all images: a ``batch_sampler`` for the data set ``Drawn(dataset)``.
+
+    The order follows from ``seed`` and the epoch alone, and what an image's transforms draw from ``seed``, the epoch and
+    the image: neither depends on the number of processes or workers. An optimizer step takes ``accumulate`` batches of
+    ``batch_size`` images from each process, the next ``world_size * accumulate * batch_size`` images of the order, so a
+    step has the same images however they are shared out. Within an epoch no image comes twice; those that do not fill
+    a step are left out, the last of the order, which are other ones in each epoch.
 
     With ``repeats``, a factor of at least 1 for each image (``repeat_factors``), every epoch has ``int(sum(repeats))``
-    images in place of ``length``. One with the factor 2.3 comes twice or, in 30% of the epochs, three times; it is drawn
-    anew in each epoch, and alike in all processes.
+    images in place of ``length``. One with the factor 2.3 comes twice or, in 30% of the epochs, three times, each time
+    with draws of its own.
     """
 
-    def __init__(self, length: int, rank: int, world_size: int, seed: int,
-                 repeats: Sequence[float] | Tensor | None = None) -> None:
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
+                 repeats: Sequence[float] | Tensor | None = None, accumulate: int = 1) -> None:
         _check_rank(rank, world_size)
-        self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, 0
+        _check_batch_size(batch_size)
+        self.batch_size, self.rank, self.world_size, self.accumulate = batch_size, rank, world_size, accumulate
+        self.seed, self.epoch, self.first_step = seed, 0, 0
         self.repeats = None if repeats is None else torch.as_tensor(repeats, dtype=torch.float64)
         if self.repeats is not None and (self.repeats.shape != (length,) or not (self.repeats >= 1).all()):
             raise ValueError(f"repeats {list(self.repeats.shape)} for {length} images: a factor of at least 1 is needed "
                              f"for each")
         self.images_of_epoch = length if self.repeats is None else int(self.repeats.sum())
+        self.images_of_step = world_size * batch_size * accumulate
+        if self.steps == 0:
+            flags = f"--global_batch_size {self.images_of_step}" if accumulate > 1 else f"--batch_size {batch_size}"
+            raise ValueError(f"{flags} on {world_size} processes needs {self.images_of_step} training images, and there "
+                             f"are {length}; lower it")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.images_of_epoch // self.images_of_step
+
+    def __len__(self) -> int:
+        """Batches of this process in a whole epoch."""
+        return self.steps * self.accumulate
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """To be called before each epoch; without it every epoch is epoch 0. The batches before optimizer step
+        ``first_step`` are left out: a training that was broken off goes on with those that it had not seen."""
+        self.epoch, self.first_step = epoch, first_step
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The images of this epoch in random order: ``[images_of_epoch]`` int64.
@@ -51,84 +78,58 @@ class OfEpoch:
         images = order.repeat_interleave(marks.diff(prepend=marks.new_zeros(1)))    # one too many, where start is late
         return images[torch.randperm(len(images), generator=generator)[:self.images_of_epoch]]
 
-    def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch; without it every epoch has the order and the batches of epoch 0."""
-        self.epoch = epoch
+    def draws(self, generator: torch.Generator) -> list[list[Draw]]:
+        """The images of each optimizer step of this epoch, of all processes, with the seeds of their transforms."""
+        order = self.order(generator).numpy()
+        seeds = _seeds(self.seed, self.epoch, order)
+        drawn = [Draw(*draw) for draw in zip(order.tolist(), seeds.tolist())]
+        return [drawn[step * self.images_of_step:(step + 1) * self.images_of_step] for step in range(self.steps)]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        size = self.world_size * self.batch_size
+        for draws in self.draws(_generator(self.seed, self.epoch))[self.first_step:]:
+            for k in range(self.accumulate):
+                yield draws[k * size:(k + 1) * size][self.rank::self.world_size]
 
 
-class TrainingSampler(OfEpoch, Sampler[int]):
-    """A random order of all images, dealt out to the processes: each gets ``length // world_size`` of them.
-
-    The order follows from ``seed`` and the epoch alone, so a resumed run continues as the unbroken one would have, and
-    the batches of all processes together are those of one process with a batch that many times larger. Within an epoch
-    no image comes twice; the ``length % world_size`` last ones of the order are left out, other ones in each epoch.
-    ``DataLoader(drop_last=True)`` leaves out the last incomplete batch likewise, as published. With ``repeats`` images
-    come several times, and ``int(sum(repeats))`` takes the place of ``length`` (``OfEpoch``).
-    """
-
-    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 repeats: Sequence[float] | Tensor | None = None) -> None:
-        super().__init__(length, rank, world_size, seed, repeats)
-        if length < world_size:
-            raise ValueError(f"{length} training images cannot be shared by {world_size} processes; add images or "
-                             f"start fewer processes")
-
-    def __len__(self) -> int:
-        return self.images_of_epoch // self.world_size
-
-    def __iter__(self) -> Iterator[int]:
-        order = self.order(_generator(self.seed, self.epoch)).tolist()
-        return iter(order[self.rank:len(self) * self.world_size:self.world_size])
-
-
-class TrainingBatches(OfEpoch, Sampler[list[Draw]]):
-    """Random batches of ``batch_size`` images that training will bring to like sizes: a ``batch_sampler`` that leaves
-    little padding, for the data set ``Drawn(dataset)``.
+class TrainingBatches(RandomBatches):
+    """The same with images in a batch that training will bring to like sizes, which leaves little padding.
 
     ``sizes`` has the (height, width) of each image before ``transforms``, which draw flip, crop and scale of each image
-    at random. Here the draws come first: each image of an epoch gets a seed of its own, the transforms are run with it
-    for the size that they will give, and again, with the same seed, when the image is read. So images are augmented as
-    without this class, each independently of all others; but those meet in a batch that come out alike.
+    at random. Here the draws come first: the transforms are run with each image's seed for the size that they will
+    give, and again, with the same seed, when the image is read. So images are augmented as without this class, each
+    independently of all others; but those meet in a batch that come out alike.
 
-    The random order of an epoch is taken in windows of about ``WINDOW`` steps. A window is cut into steps of
-    ``world_size * batch_size`` images alike (see ``_alike``), and each step likewise into the batches of the processes,
-    so that none waits long for another. The steps of a window come in random order. Who meets whom is new in each
-    epoch, and any two images may meet whose sizes can come out alike. The images left out, fewer than a step's, are the
-    last of the random order: all are as likely to be among them.
-
-    Everything follows from ``seed`` and the epoch alone, so a resumed run continues as the unbroken one would have.
-    Every process has ``len(sizes) // (world_size * batch_size)`` batches, and no image comes twice in an epoch. With
-    ``repeats`` images come several times, each time with draws of its own, and ``int(sum(repeats))`` takes the place of
-    ``len(sizes)`` (``OfEpoch``).
+    The random order of an epoch is taken in windows of about ``WINDOW`` steps. A window is cut into steps of images
+    alike (see ``_alike``), and each step likewise into the batches of the processes, so that none waits long for
+    another. The steps of a window come in random order. Who meets whom is new in each epoch, and any two images may meet
+    whose sizes can come out alike. The images left out, fewer than a step's, are the last of the random order: all are
+    as likely to be among them.
     """
 
     def __init__(self, sizes: Sequence[Size] | Tensor, transforms: v2.Compose, batch_size: int, rank: int = 0,
-                 world_size: int = 1, seed: int = 0, repeats: Sequence[float] | Tensor | None = None) -> None:
-        super().__init__(len(sizes), rank, world_size, seed, repeats)
-        _check_batch_size(batch_size)
-        self.sizes = _checked(sizes)
-        if self.images_of_epoch < world_size * batch_size:
-            raise ValueError(f"--batch_size {batch_size} on {world_size} processes needs {world_size * batch_size} "
-                             f"training images, and there are {len(self.sizes)}; lower it")
-        self.transforms, self.batch_size = transforms, batch_size
-
-    def __len__(self) -> int:
-        return self.images_of_epoch // (self.world_size * self.batch_size)
+                 world_size: int = 1, seed: int = 0, repeats: Sequence[float] | Tensor | None = None,
+                 accumulate: int = 1) -> None:
+        super().__init__(len(sizes), batch_size, rank, world_size, seed, repeats, accumulate)
+        self.sizes, self.transforms = _checked(sizes), transforms
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = _generator(self.seed, self.epoch)
-        step = self.world_size * self.batch_size
-        order = self.order(generator)[:len(self) * step]
-        seeds = torch.randint(2**32, (len(order),), generator=generator)
-        drawn = torch.stack([order, seeds], dim=1).view(-1, step, 2)                                # [steps, step, 2]
-        for window in drawn.tensor_split(max(1, round(len(drawn) / WINDOW))):
-            draws = [Draw(i, seed) for i, seed in window.flatten(0, 1).tolist()]
+        steps_of_epoch, begin = self.draws(generator), 0
+        for window in np.array_split(np.arange(self.steps), max(1, round(self.steps / WINDOW))):
+            order = torch.randperm(len(window), generator=generator).tolist()[max(0, self.first_step - begin):]
+            begin += len(window)
+            if not order:
+                continue
+            draws = [draw for step in window for draw in steps_of_epoch[step]]
             sizes = np.array(drawn_sizes(self.transforms, [self.sizes[draw.image] for draw in draws],
                                          [draw.seed for draw in draws]))
-            steps = _alike(sizes, np.arange(len(draws)), step)[1]
-            for k in torch.randperm(len(steps), generator=generator).tolist():
+            steps = _alike(sizes, np.arange(len(draws)), self.images_of_step)[1]
+            for k in order:
                 batches = _alike(sizes, steps[k], self.batch_size)[1]
-                yield [draws[i] for i in batches[(self.rank + k) % self.world_size]]        # in turns: they are sorted
+                for place in range(0, len(batches), self.world_size):
+                    mine = batches[place + (self.rank + k) % self.world_size]           # in turns: they are sorted
+                    yield [draws[i] for i in mine]
 
 
 def repeat_factors(labels_of_images: Iterable[Sequence[int] | Tensor], threshold: float) -> Tensor:
@@ -276,6 +277,22 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)              # seeds do not share their epochs
     return generator
+
+
+def _seeds(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """A number below 2**32 for each of ``images`` [n], which follows from seed, epoch, image and how often the image has
+    come before: all four mixed by the finalizer of SplitMix64 (Steele et al., 2014, figure 16)."""
+    by_image = images.argsort(kind="stable")
+    first = np.searchsorted(images[by_image], images[by_image])
+    again = np.empty_like(images)
+    again[by_image] = np.arange(len(images)) - first
+    mixed = np.zeros(len(images), np.uint64)
+    for number in (np.full(len(images), seed), np.full(len(images), epoch), images, again):
+        mixed = (mixed ^ number.astype(np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(32)).astype(np.int64)
 
 
 def _checked(sizes: Sequence[Size] | Tensor) -> list[Size]:

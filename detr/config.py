@@ -92,6 +92,15 @@ class TrainConfig:
     """How a model is trained."""
     lr: float = flag(1e-4, "learning rate of everything but the backbone", least=0)
     batch_size: int = flag(2, "images per process", least=1)
+    global_batch_size: int = flag(0, "images per optimizer step over all processes: where --batch_size times their "
+                                  "number is less, gradients of several batches are added; 0: one batch", least=0)
+    lr_rule: str = flag("none", "what another number of images per step than --lr_batch does to the learning rates: "
+                        "nothing, times the 'sqrt' of the ratio, or 'linear': times the ratio",
+                        ("none", "sqrt", "linear"))
+    lr_batch: int = flag(16, "images per optimizer step that the learning rates, warm-up and --ema_decay are meant for",
+                         least=1)
+    loss_normalizer: str = flag("process", "by what losses are divided: 'process', as published, or 'global', the same "
+                                "for all images of an optimizer step, however they are shared out", ("process", "global"))
     weight_decay: float = flag(1e-4, "weight decay of the optimizer")
     sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
     epochs: int = flag(300, "passes over the training data", least=1)
@@ -108,7 +117,10 @@ class TrainConfig:
     freeze: str = flag("", "parts of the model that stay as they are, with commas between: backbone, encoder, decoder, "
                        "input_proj, queries, class_heads, box_heads, or the beginning of parameters' names")
     amp: str = flag("off", "mixed precision of the model's forward pass in training; losses stay float32. 'auto' is "
-                    "'bf16' where the processor has it, said at start", ("off", "bf16", "auto"))
+                    "'bf16' where the processor has it, said at start", ("off", "bf16", "fp16", "auto"))
+    non_finite: str = flag("stop", "what to do where a loss or a gradient is no number: 'stop', or 'skip' that step, up "
+                           "to --skip_at_most times", ("stop", "skip"))
+    skip_at_most: int = flag(10, "steps that --non_finite skip leaves out before it stops", least=1)
     seed: int = flag(42, "seed of weights, augmentation and order")
     eval_every: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", least=1)
 
@@ -151,7 +163,10 @@ class RunConfig:
     """Where and how a run takes place; nothing of it belongs to the model."""
     device: str = flag("cuda", "'cuda', 'cpu', 'mps'; where there is no cuda, the cpu, said in the first lines")
     output_dir: str = flag("", "folder for checkpoints, log.txt and pictures; empty: a new one below outputs/")
-    resume: str = flag("", "checkpoint, path or URL, to go on from, or to evaluate")
+    resume: str = flag("", "checkpoint, path or URL, to go on from, or to evaluate; 'auto': the newest whole one in "
+                       "--output_dir, if there is one")
+    save_every_minutes: float = flag(15.0, "minutes between checkpoints within an epoch; 0: none", least=0)
+    log_steps: bool = flag(False, "write loss, gradient norm and learning rate of every step to steps.txt")
     finetune: str = flag("", "checkpoint, path or URL, to begin from with your own classes: all but what has a row for "
                          "each class is kept, and of that classes of the same name")
     show_batch: bool = flag(False, "draw the first training images before and after augmentation, as batch.png in the "
@@ -166,6 +181,14 @@ class RunConfig:
     dist_url: str = flag("env://", "where processes meet; torchrun sets it")
     tensorboard: bool = flag(False, "write TensorBoard events to the output folder")
     print_every: float = flag(10.0, "seconds between progress lines")
+    deterministic: bool = flag(False, "the same numbers in every run on the same machine, bit by bit; slower on a GPU")
+    compile: bool = flag(False, "compile the model with torch.compile")
+    activation_checkpointing: bool = flag(False, "compute layers again in the backward pass instead of keeping what they "
+                                          "computed: less memory, more time")
+    auto_batch_size: bool = flag(False, "choose --batch_size by trying the worst batch of this data")
+    fsdp: bool = flag(False, "share the model's weights out over the processes (FSDP2), for models too large for one GPU")
+    coco_eval: str = flag("fast", "who computes COCO's numbers: 'fast' is hotcoco, whose numbers are pycocotools' to the "
+                          "last bit", ("fast", "pycocotools"))
 
 
 def validate(config: Any) -> None:

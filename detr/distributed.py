@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MEETING = "detr/port of rank 0"
 TIMEOUT = timedelta(minutes=30)      # longer than rank 0 needs to score a whole validation set while the others wait
 
 
@@ -69,9 +70,37 @@ def init(device: str = "cuda", dist_url: str = "env://") -> Process:
     process = Process(rank, world_size, local_rank, _device(device, local_rank, several=world_size > 1))
     if world_size > 1:
         on_gpu = process.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=dist_url, timeout=TIMEOUT,
-                                rank=rank, world_size=world_size, device_id=process.device if on_gpu else None)
+        store = _store_of_this_start(rank) if dist_url == "env://" else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=None if store else dist_url,
+                                store=store, timeout=TIMEOUT, rank=rank, world_size=world_size,
+                                device_id=process.device if on_gpu else None)
     return process
+
+
+def _store_of_this_start(rank: int) -> dist.Store | None:
+    """Where the processes that ``torchrun`` has started meet. Its own store lives on when it starts them again
+    (``--max-restarts``), and still has the addresses of those that are gone, which new ones would wait for; so rank 0
+    opens another, and that of ``torchrun`` only says where. None without ``torchrun``, whose store nobody shares."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT")
+    board = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        board.set(MEETING, str(store.port))
+        return store
+    until = time.monotonic() + TIMEOUT.total_seconds()
+    while True:
+        try:                                            # at first it may still be the former rank 0's, which is gone
+            store = dist.TCPStore(host, int(board.get(MEETING)), is_master=False, timeout=timedelta(seconds=2),
+                                  wait_for_workers=False)
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+            continue
+        store.set_timeout(TIMEOUT)
+        return store
 
 
 def is_distributed() -> bool:
@@ -108,6 +137,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def any_of(*facts: bool) -> tuple[bool, ...]:
+    """Which of ``facts`` hold in one process at least; all must call it, and all get the same answers."""
+    if not is_distributed():
+        return facts
+    # NCCL takes the logarithm of the number of processes, Gloo as many turns as there are.
+    device = torch.cuda.current_device() if "nccl" in dist.get_backend_config() else "cpu"
+    return tuple((sum_over_processes(torch.tensor(facts, dtype=torch.float32, device=device)) > 0).tolist())
 
 
 def mean_over_processes(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:

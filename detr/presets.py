@@ -11,7 +11,7 @@ from .config import DataConfig, ModelConfig, TrainConfig
 ARCHITECTURES: tuple[type[ModelConfig], ...] = (DETRConfig, DeformableDETRConfig, ProposalDETRConfig)
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/"
 DEFORMABLE_PAGE = "https://drive.google.com/file/d/"
-DEFORMABLE_RECIPE = TrainConfig(lr=2e-4, epochs=50, lr_drop=40)            # Zhu et al., 2021, section 5
+DEFORMABLE_RECIPE = TrainConfig(lr=2e-4, lr_batch=32, epochs=50, lr_drop=40)           # Zhu et al., 2021, section 5
 # Wang et al., 2021, section 5.3 and its published configuration: nothing frozen, random flip and scale, no crop. Batches
 # need no sides that divide by 32, since padding is exact.
 PVT_RECIPE = TrainConfig(epochs=50, lr_drop=33)
@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
                            padding="exact", enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4,
                            dropout=0.0, num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
-                    amp="auto", eval_every=4),
+                    amp="auto", eval_every=4, loss_normalizer="global"),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")),
     "tiny_deformable_detr": Preset(
         DeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
@@ -75,6 +75,6 @@ PRESETS: dict[str, Preset] = {
                              num_feature_levels=3, enc_layers=0, dec_layers=2, dim_feedforward=256, hidden_dim=128,
                              nheads=4, dropout=0.0, num_queries=30, lr_linear_proj_mult=1.0),
         TrainConfig(lr=2e-3, batch_size=16, epochs=13, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
-                    amp="auto", eval_every=4),
+                    amp="auto", eval_every=4, loss_normalizer="global"),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")),
 }

@@ -30,6 +30,9 @@ class Settings:
     begun: dict[str, Any] | None                # that of --finetune
     categories: list[Category] | None           # the class table of the first or the second
     note: str = ""                              # what else to say at start
+    automatic: bool = False                     # whether --resume auto chose the checkpoint
+    typed: frozenset[str] = frozenset()         # the flags that somebody typed
+    changed: tuple[str, ...] = ()               # of the model, since the checkpoint was written
 
     def as_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers."""
@@ -87,12 +90,14 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
                    if k in old and old[k] != v]
         if changed:
             say(f"changed since {source}: {', '.join(changed)}")
+        if part == "model":
+            of_model = tuple(changed)
         if part == "model" and before and "padding" not in before:
             old["padding"] = "legacy"                                   # all there was when that checkpoint was written
         parts[part] = config.replace(base, old | new)
     parts["model"] = fitting_norm(parts["model"], typed)
     settings = Settings(name, resumed=resumed, frozen=frozen, begun=begun,
-                        categories=class_table(known) if begun is None else None, **parts)
+                        categories=class_table(known) if begun is None else None, changed=of_model, **parts)
     refuse_what_is_not_there(settings, typed, given)
     return settings
 
@@ -155,9 +160,9 @@ def name_by_shapes(state_dict: dict[str, Any], source: str) -> str:
     """The preset of a checkpoint that says nothing of its configuration: ``detr_resnet50`` where its shapes fit."""
     if class_rows(state_dict) is None:
         raise ValueError(f"{source} has no class_embed.weight: it is not a DETR checkpoint")
-    fitting = [name for name, preset in PRESETS.items() if classes_that_fit(preset.model, state_dict) is not None]
-    if "detr_resnet50" in fitting:
+    if classes_that_fit(PRESETS["detr_resnet50"].model, state_dict) is not None:        # first: all others take seconds
         return "detr_resnet50"
+    fitting = [name for name, preset in PRESETS.items() if classes_that_fit(preset.model, state_dict) is not None]
     raise ValueError(f"{source} has no configuration inside, and does not fit detr_resnet50. "
                      + (f"It fits --model {' or --model '.join(fitting)}" if fitting else
                         f"It fits none of {', '.join(PRESETS)} either; give --model and the flags it was trained with"))
@@ -203,6 +208,10 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
     for flag, useless, why in without_effect(settings):
         if flag in typed and useless:
             raise ValueError(f"--{flag} has no effect {why}; leave it out")
+    if run.auto_batch_size and "batch_size" in typed:
+        raise ValueError("--auto_batch_size chooses --batch_size: leave one of them out")
+    if run.fsdp and run.compile:
+        raise ValueError("--fsdp and --compile have not been made to work together: leave one of them out")
     if run.start_epoch and settings.resumed is None:
         raise ValueError("--start_epoch needs --resume: there is nothing to go on from")
     if "world_size" in typed and run.world_size != int(os.environ.get("WORLD_SIZE", 1)):
@@ -288,5 +297,11 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
               for flag in ("position_embedding", "position_embedding_scale")],
+            ("lr_batch", train.lr_rule == "none", "with --lr_rule none"),
+            ("skip_at_most", train.non_finite == "stop", "with --non_finite stop"),
+            ("amp", run.eval and train.amp != "off", "with --eval, which computes in float32"),
+            *[(flag, run.eval, "with --eval")
+              for flag in ("global_batch_size", "lr_rule", "lr_batch", "loss_normalizer", "non_finite", "skip_at_most",
+                           "save_every_minutes", "log_steps", "activation_checkpointing", "auto_batch_size", "fsdp")],
             ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
             ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as command_line
 from datasets.annotations import read_annotations
 from datasets.drawn import Size, drawn_sizes
-from datasets.sampler import EvaluationBatches, TrainingBatches, TrainingSampler, padded_share
+from datasets.sampler import EvaluationBatches, RandomBatches, TrainingBatches, padded_share
 from datasets.transforms import Preprocessing, make_transforms, resized
 from detr import config
 from detr.config import DataConfig
@@ -75,7 +75,7 @@ def training_shares(sizes: Sequence[Size], transforms: v2.Compose, batch_size: i
                     ) -> tuple[dict[str, float], float]:
     """How batches are formed -> the mean padded share over epochs of images of these ``sizes``, for which ``transforms``
     draw anew in each; and the seconds of processor time that an image takes until it is in a bucketed batch."""
-    randomly = TrainingSampler(len(sizes), seed=seed)
+    randomly = RandomBatches(len(sizes), 1, seed=seed)
     bucketed = TrainingBatches(sizes, transforms, batch_size, seed=seed)
     shares: dict[str, list[float]] = {"file": [], "random": [], "bucketed": []}
     images, seconds = 0, 0.0
@@ -90,7 +90,8 @@ def training_shares(sizes: Sequence[Size], transforms: v2.Compose, batch_size: i
         drawn = dict(zip((draw.image for draw in draws),
                          drawn_sizes(transforms, [sizes[draw.image] for draw in draws], [draw.seed for draw in draws])))
         shares["file"].append(padded_share(cut(list(drawn), batch_size), drawn))
-        shares["random"].append(padded_share(cut([i for i in randomly if i in drawn], batch_size), drawn))
+        order = [draw.image for draw, in randomly if draw.image in drawn]
+        shares["random"].append(padded_share(cut(order, batch_size), drawn))
         shares["bucketed"].append(padded_share([[draw.image for draw in batch] for batch in batches], drawn))
     return {name: statistics.mean(values) for name, values in shares.items()}, seconds / images
 

@@ -36,7 +36,10 @@ class Criterion(nn.Module):
         self.weight_dict = {"loss_y": 2}
         self.modes: list[tuple[bool, bool]] = []
 
-    def forward(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def divisors(self, batches: list, device: torch.device) -> list[None]:
+        return [None] * len(batches)
+
+    def forward(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], divisors=None) -> dict[str, Tensor]:
         self.modes.append((self.training, torch.is_autocast_enabled("cpu")))
         factors = torch.stack([target["factor"] for target in targets])
         return {"loss_y": (outputs["y"].float() * factors).mean(), "images": torch.tensor(float(len(targets)))}
@@ -74,7 +77,7 @@ def test_steps_and_averages():
     seen = []
     model = Model()
     averages, _ = train([batch(1, 2), batch(3, value=3.0)], model,
-                        after_step=lambda: seen.append(model.weight.detach().clone()))
+                        after_step=lambda step, values: seen.append(model.weight.detach().clone()))
     assert [w.tolist() for w in seen] == [pytest.approx([0.9, 1.9]), pytest.approx([0.75, 1.75])]   # lr 0.1, then 0.05
     first, second = (1 + 2) / 2, 3 * (0.9 + 1.9) / 2
     assert averages == pytest.approx({"loss_y": first + second, "images": 1.5, "loss": first + second,
@@ -134,14 +137,14 @@ def test_a_loss_that_is_no_number(value, shown):
     batches = [batch(1, 2), batch(7, 8, factor=value), batch(9)]
     with pytest.raises(NonFiniteError) as error:
         train(batches, model)
-    assert str(error.value).startswith(f"loss = {shown}, loss_y = {shown} at epoch 3, step 1, images [7, 8]: stopped")
+    assert str(error.value).startswith(f"loss = {shown}, loss_y = {shown} at epoch 3, step 1, images [7, 8], ")
     assert "--lr" in str(error.value)
     assert model.weight.tolist() == pytest.approx([0.9, 1.9])                   # as the step before left them
 
 
 def test_a_gradient_that_is_no_number():
     class Root(Criterion):
-        def forward(self, outputs, targets):
+        def forward(self, outputs, targets, divisors=None):
             return {"loss_y": (outputs["y"] * 0).sum().sqrt()}                  # 0, whose slope is infinite
 
     model = Model()
@@ -155,7 +158,7 @@ def test_predictions_that_are_no_numbers():
     model, criterion, _ = build_small("detr_resnet50")
     nn.init.constant_(model.class_embed.weight, math.nan)
     truth = [target | {"image_id": torch.tensor([70 + i])} for i, target in enumerate(targets(2, 1))]
-    with pytest.raises(NonFiniteError, match=r"not finite: pred_logits of image 0, pred_logits of image 1; at epoch 3, "
+    with pytest.raises(NonFiniteError, match=r"not finite: pred_logits of image 0, pred_logits of image 1 at epoch 3, "
                                              r"step 0, images \[70, 71\]"):
         train([(nested_tensor_from_tensor_list(images((64, 64), (60, 50))), truth)], model, criterion)
     assert all(p.isfinite().all() for name, p in model.named_parameters() if "class_embed" not in name)

@@ -11,7 +11,6 @@ import torch
 from small_models import images, targets
 from torch import nn
 
-import main
 from datasets.annotations import COCO_CATEGORIES, class_table
 from datasets.annotations import num_classes as slots
 from detr import checkpoint
@@ -30,6 +29,7 @@ from detr.finetune import (
     table,
 )
 from detr.nested_tensor import as_nested_tensor
+from detr.optimization import make_optimizer, moving_average
 from detr.presets import PRESETS
 from detr.structures import Category
 
@@ -471,8 +471,8 @@ def test_frozen_parts_stay_bit_by_bit(variant):
     model, criterion, _ = config.build(5)
     frozen = freeze(model, [PARTS[variant]])
     start = copy.deepcopy(model.state_dict())
-    optimizer = main.make_optimizer(config.parameter_groups(model, 1e-3), TrainConfig(weight_decay=0.1))
-    ema = main.moving_average(model, 0.5)
+    optimizer = make_optimizer(config.parameter_groups(model, 1e-3), TrainConfig(weight_decay=0.1))
+    ema = moving_average(model, 0.5)
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for step in range(3):
         model.train()

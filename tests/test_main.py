@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from small_data import annotation_file, make_rectangles, read_annotations, write_annotations
 
 import main
+import training
 from datasets.images import read_image
 from datasets.synthetic import make_synthetic
 from datasets.transforms import Preprocessing
@@ -72,6 +73,11 @@ NEW = [
     ("ignore_regions", str, "off"), ("class_weights", str, "off"), ("repeat_threshold", float, 0.0),
     ("aug", str, "published"), ("flip", bool, True), ("no_flip_classes", tuple[str, ...], None),
     ("color_jitter", float, 0.0), ("scale_jitter", tuple[float, ...], None), ("mosaic", float, 0.0),
+    ("global_batch_size", int, 0), ("lr_rule", str, "none"), ("lr_batch", int, 16), ("loss_normalizer", str, "process"),
+    ("non_finite", str, "stop"), ("skip_at_most", int, 10), ("save_every_minutes", float, 15.0),
+    ("log_steps", bool, False), ("deterministic", bool, False), ("compile", bool, False),
+    ("activation_checkpointing", bool, False), ("auto_batch_size", bool, False), ("fsdp", bool, False),
+    ("coco_eval", str, "fast"),
 ]
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
          "--num_queries 10 --image_size 64 --max_size 224 --batch_size 4 --num_workers 0 --device cpu --amp off "
@@ -616,7 +622,7 @@ def test_a_loss_that_is_no_number_stops_training(data, tmp_path):
 
 def test_checkpoint_that_is_not_there(data, trained):
     message = refused(f"--eval --coco_path {data} --resume {trained.folder}/checkpoint7.pth", FileNotFoundError)
-    assert "there is no checkpoint" in message and "it has checkpoint.pth" in message
+    assert "there is no checkpoint" in message and "it has best.pth, best.safetensors, checkpoint.pth" in message
 
 
 def test_checkpoint_cut_short(data, trained, tmp_path):
@@ -713,7 +719,8 @@ def test_training_says_what_it_does(trained, data):
 
 def test_training_leaves_files(trained):
     assert {path.name for path in trained.folder.iterdir()} == {
-        "checkpoint.pth", "log.txt", "curves.png", "detections.png", "results.json", "eval", "tensorboard"}
+        "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "best.safetensors", "final.pth", "final.safetensors",
+        "checkpoints.txt", "log.txt", "curves.png", "detections.png", "results.json", "eval", "tensorboard"}
     rows = log(trained.folder)
     assert [row["epoch"] for row in rows] == list(range(12))
     assert ["test_coco_eval_bbox" in row for row in rows] == [epoch in (5, 11) for epoch in range(12)]
@@ -898,7 +905,7 @@ def test_interrupted_training_ends_as_the_unbroken_one(data, tmp_path, monkeypat
             raise KeyboardInterrupt
         return train_one_epoch(*args, **kwargs)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(main, "train_one_epoch", interrupted)
+        patched.setattr(training, "train_one_epoch", interrupted)
         run(line + f"--output_dir {tmp_path}/broken")
     assert [row["epoch"] for row in log(tmp_path / "broken")] == [0, 1]
     _, text = run(f"--resume {tmp_path}/broken/checkpoint.pth --num_workers 0 --device cpu")
@@ -923,7 +930,7 @@ def test_each_epoch_has_its_own_order(data, tmp_path, monkeypatch):
     def watched(model, criterion, loader, length, *args, **kwargs):
         orders.append([i for _, targets in loader for i in image_ids(targets)])
         return {"loss": 1.0}
-    monkeypatch.setattr(main, "train_one_epoch", watched)
+    monkeypatch.setattr(training, "train_one_epoch", watched)
     run(SMALL + f"--coco_path {data} --epochs 2 --output_dir {tmp_path}/out")
     run(f"--resume {tmp_path}/out/checkpoint.pth --num_workers 0 --device cpu --epochs 3")
     first, second, third = orders
@@ -974,63 +981,6 @@ def test_the_seed_decides(data, tmp_path):
 
 # -- parts ------------------------------------------------------------------------------------------------------------
 
-def rates(train: TrainConfig, steps_per_epoch: int, first_epoch: int = 0) -> list[float]:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = main.learning_rate_schedule(optimizer, train, steps_per_epoch, first_epoch)
-    found = []
-    for _ in range((train.epochs - first_epoch) * steps_per_epoch):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
-
-
-def test_learning_rates():
-    step = TrainConfig(epochs=5, lr_drop=2)
-    assert rates(step, 3) == pytest.approx([1] * 6 + [0.1] * 6 + [0.01] * 3)
-    warm = TrainConfig(epochs=2, lr_drop=9, warmup_steps=4)
-    assert rates(warm, 3) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
-    cosine = TrainConfig(epochs=2, lr_schedule="cosine")
-    assert rates(cosine, 2) == pytest.approx([1, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2])
-    listed = TrainConfig(epochs=5, lr_drop=2, lr_drop_epochs=(1, 4))
-    assert rates(listed, 2) == pytest.approx([1] * 2 + [0.1] * 6 + [0.01] * 2)
-    parameter = torch.nn.Parameter(torch.zeros(1))                              # PyTorch's own, which steps with epochs
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    published = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 4])
-    for rate in rates(listed, 1):
-        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        published.step()
-    assert rates(TrainConfig(epochs=3, lr_drop=1, lr_drop_epochs=()), 1) == [1, 1, 1]
-    for train in (step, warm, cosine, listed):
-        assert rates(train, 3, first_epoch=1) == pytest.approx(rates(train, 3)[3:])
-
-
-@pytest.mark.parametrize("sgd", [False, True])
-def test_optimizers_and_any_number_of_groups(sgd):
-    """As published: each group has its own learning rate, which falls by the same factor; the rest is the same."""
-    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-2, 1e-3, 1e-4)]
-    parameters = [p for group in groups for p in group["params"]]
-    train = TrainConfig(lr=1e-2, weight_decay=0.1, epochs=3, lr_drop_epochs=(1, 2), sgd=sgd)
-    optimizer = main.make_optimizer(groups, train)
-    assert type(optimizer) is (torch.optim.SGD if sgd else torch.optim.AdamW)
-    schedule = main.learning_rate_schedule(optimizer, train, 2, 0)
-    values, buffers = [1.0] * 3, [0.0] * 3
-    for step in range(6):
-        lrs = [group["lr"] for group in optimizer.param_groups]
-        assert lrs == pytest.approx([lr * 0.1 ** (step // 2) for lr in (1e-2, 1e-3, 1e-4)])
-        for parameter in parameters:
-            parameter.grad = torch.full((2,), 0.5)
-        optimizer.step()
-        schedule.step()
-        if sgd:                                                                 # momentum and L2, written out
-            buffers = [0.9 * buffer + 0.5 + 0.1 * value for buffer, value in zip(buffers, values)]
-            values = [value - lr * buffer for value, lr, buffer in zip(values, lrs, buffers)]
-            assert [parameter[0].item() for parameter in parameters] == pytest.approx(values, rel=1e-6)
-    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
-
-
 def test_a_model_that_learns_at_three_rates(data, tmp_path, monkeypatch):
     def three(self, model, lr):
         heads = {id(p) for name, p in model.named_parameters() if "class_embed" in name}
@@ -1047,67 +997,6 @@ def test_a_model_that_learns_at_three_rates(data, tmp_path, monkeypatch):
     groups = checkpoint.load(tmp_path / "out" / "checkpoint.pth")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([1e-5, 5e-6, 1e-6])
     assert len(groups[0]["params"]) > len(groups[2]["params"]) > 0 == len(groups[1]["params"])
-
-
-def test_three_groups_are_restored():
-    model = Heads(3, layers=3)
-
-    def made(train: TrainConfig, rates: tuple[float, ...]):
-        settings = main.Settings("x", Grouped(), train, DataConfig(), main.RunConfig(resume="a.pth"), resumed=resumed,
-                                 frozen=None, begun=None, categories=None)
-        groups = [{"params": [*head.parameters()], "lr": lr} for head, lr in zip(model.class_embed, rates)]
-        return settings, main.make_optimizer(groups, train)
-
-    for sgd in (False, True):
-        resumed, train = None, TrainConfig(epochs=9, sgd=sgd)
-        _, optimizer = made(train, (1.0, 0.1, 0.01))
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        resumed = {"optimizer": optimizer.state_dict(), "epoch": 4}
-        settings, fresh = made(dataclasses.replace(train, weight_decay=0.5), (2.0, 0.2, 0.02))
-        with redirect_stdout(io.StringIO()):
-            assert main.restore(settings, model, fresh, None) == 5
-        assert [(g["lr"], g["weight_decay"]) for g in fresh.param_groups] == [(2.0, 0.5), (0.2, 0.5), (0.02, 0.5)]
-        assert same(fresh.state_dict()["state"], optimizer.state_dict()["state"]) and fresh.state
-        settings, two = made(train, (1.0, 0.1))
-        with pytest.raises(ValueError, match="does not fit the parameters that train now.*resume with the same "
-                                             "--lr_backbone, --from_scratch, --freeze as before"):
-            main.restore(settings, model, two, None)
-
-
-def test_moving_average():
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
-    ema = main.moving_average(model, decay=0.5)
-    for value in (1.0, 3.0, 7.0):
-        torch.nn.init.constant_(model[0].weight, value)
-        model[1].running_mean.fill_(value)
-        model[1].num_batches_tracked += 1
-        ema.update_parameters(model)
-    expected = 1.0
-    for steps, value in ((1, 3.0), (2, 7.0)):
-        share = min(0.5, (1 + steps) / (10 + steps))
-        expected = share * expected + (1 - share) * value
-    assert ema.module[0].weight.item() == pytest.approx(expected)
-    assert ema.module[1].running_mean.item() == pytest.approx(expected)         # buffers are averaged,
-    assert ema.module[1].num_batches_tracked.item() == 3                        # and counters are counted
-
-
-def test_checkpoints_that_stay(tmp_path):
-    for epoch in range(200):
-        if epoch % 50 in (0, 49) or epoch % 60 == 59:
-            main.save_checkpoints(tmp_path, {"model": {}, "epoch": epoch}, TrainConfig(lr_drop=60), epoch)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", *(f"checkpoint{epoch:04}.pth"
-                                                                for epoch in (59, 99, 119, 179, 199))]
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["epoch"] == 199
-
-
-def test_checkpoints_before_each_drop(tmp_path):
-    train = TrainConfig(lr_drop=1, lr_drop_epochs=(3, 4, 9))
-    for epoch in range(12):
-        main.save_checkpoints(tmp_path, {"model": {}, "epoch": epoch}, train, epoch)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", *(f"checkpoint{epoch:04}.pth" for epoch in (2, 3, 8))]
-    assert checkpoint.load(tmp_path / "checkpoint0008.pth")["epoch"] == 8
 
 
 def test_parts_of_the_command_line_are_those_of_the_configurations():

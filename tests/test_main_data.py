@@ -23,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from test_main import log, parse, run, same, settle
 
 import main
+import training
 from datasets import from_dataset
 from datasets.annotations import COCO_CATEGORIES
 from datasets.formats import recognise
@@ -59,7 +60,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Those at the end of a training, which take as long as these trainings do, are seen in other tests."""
-    monkeypatch.setattr(main, "picture_of_detections", lambda *_: None)
+    monkeypatch.setattr(training, "picture_of_detections", lambda *_: None)
     monkeypatch.setattr(main.visualize, "draw_curves", lambda *_: None)
 
 
@@ -696,14 +697,14 @@ def test_an_interrupted_training_ends_as_the_unbroken_one(crowded, trained, tmp_
     line = (STEP.replace("--epochs 1", "--epochs 3") + f"--finetune {trained['detr']} --data {crowded} --mosaic 0.5 "
             "--color_jitter 0.4 --repeat_threshold 0.5 --class_weights auto --ema_decay 0.9 --freeze encoder ")
     run(line + f"--output_dir {tmp_path}/whole")
-    write = main.Log.write
+    write = training.Log.write
 
-    def stop(self, epoch, *rest):
-        write(self, epoch, *rest)
-        if epoch == 0:
+    def stop(self, row):
+        write(self, row)
+        if row["epoch"] == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(main.Log, "write", stop)
+    monkeypatch.setattr(training.Log, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         run(line + f"--output_dir {tmp_path}/broken")
     monkeypatch.undo()

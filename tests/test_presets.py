@@ -229,5 +229,5 @@ def test_weights_that_do_not_exist():
 
 
 def test_package_names_what_it_offers():
-    assert set(detr.__all__) == {"build_model", "list_models"}
+    assert set(detr.__all__) == {"build_model", "list_models", "load"}
     assert small_flags("tiny_detr") == {}

@@ -16,13 +16,23 @@ from datasets.sampler import (
     WINDOW,
     EvaluationBatches,
     EvaluationShard,
+    RandomBatches,
     TrainingBatches,
-    TrainingSampler,
     padded_share,
     repeat_factors,
 )
 from datasets.transforms import Preprocessing, ToTensor, make_transforms, resized, train_transforms
 from detr.nested_tensor import nested_tensor_from_tensor_list
+
+
+class Dealt(RandomBatches):
+    """The images of a random order that a process gets, one after the other."""
+
+    def __init__(self, length, rank=0, world_size=1, seed=0, repeats=None):
+        super().__init__(length, 1, rank, world_size, seed, repeats)
+
+    def __iter__(self):
+        return (draw.image for batch in super().__iter__() for draw in batch)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 79, 100])
@@ -36,7 +46,7 @@ def test_evaluation_shards_have_every_image_once_and_in_order(length, world_size
 
 @pytest.mark.parametrize("length, world_size", [(8, 1), (8, 2), (9, 2), (103, 4)])
 def test_training_deals_each_image_to_one_process_at_most(length, world_size):
-    samplers = [TrainingSampler(length, rank, world_size, seed=5) for rank in range(world_size)]
+    samplers = [Dealt(length, rank, world_size, seed=5) for rank in range(world_size)]
     parts = [list(sampler) for sampler in samplers]
     assert {len(part) for part in parts} == {length // world_size} == set(map(len, samplers))
     seen = sum(parts, [])
@@ -45,20 +55,20 @@ def test_training_deals_each_image_to_one_process_at_most(length, world_size):
 
 def test_training_orders_follow_from_seed_and_epoch():
     def order(seed, epoch, rank=0, world_size=1):
-        sampler = TrainingSampler(50, rank, world_size, seed)
+        sampler = Dealt(50, rank, world_size, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
     assert order(1, 3) == order(1, 3)
     assert sorted(order(1, 3)) == list(range(50)) != order(1, 3)
     assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
-    sampler = TrainingSampler(50, seed=1)
+    sampler = Dealt(50, seed=1)
     assert list(sampler) == list(sampler) == order(1, 0)                # the epoch does not pass by itself
 
 
 def test_processes_together_see_the_batches_of_one_process():
-    whole = list(TrainingSampler(24, seed=9))
-    parts = [list(TrainingSampler(24, rank, 2, seed=9)) for rank in range(2)]
+    whole = list(Dealt(24, seed=9))
+    parts = [list(Dealt(24, rank, 2, seed=9)) for rank in range(2)]
     for step in range(4):                                               # 3 images a process, 6 together
         together = sum((part[3 * step:3 * step + 3] for part in parts), [])
         assert sorted(together) == sorted(whole[6 * step:6 * step + 6])
@@ -67,7 +77,7 @@ def test_processes_together_see_the_batches_of_one_process():
 def test_left_out_images_change_with_the_epoch():
     left_out = set()
     for epoch in range(20):
-        samplers = [TrainingSampler(5, rank, 2) for rank in range(2)]
+        samplers = [Dealt(5, rank, 2) for rank in range(2)]
         for sampler in samplers:
             sampler.set_epoch(epoch)
         left_out |= set(range(5)) - {i for sampler in samplers for i in sampler}
@@ -75,9 +85,9 @@ def test_left_out_images_change_with_the_epoch():
 
 
 def test_what_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="3 training images cannot be shared by 4 processes; add images"):
-        TrainingSampler(3, 0, 4)
-    for kind in (TrainingSampler, EvaluationShard):
+    with pytest.raises(ValueError, match="--batch_size 1 on 4 processes needs 4 training images, and there are 3"):
+        Dealt(3, 0, 4)
+    for kind in (Dealt, EvaluationShard):
         with pytest.raises(ValueError, match="rank 2 is not one of 2 processes; ranks are 0 to 1"):
             kind(10, 2, 2)
 
@@ -364,7 +374,7 @@ def test_training_batches_leave_a_part_of_the_padding(transforms, batch_size, wo
     seeds = seeds_of(parts)
     drawn = drawn_sizes(transforms, sizes, [seeds[i] for i in range(512)])
     batches = [[draw.image for draw in batch] for part in parts for batch in part]
-    random_share = padded_share(in_order(batch_size, list(TrainingSampler(512))), drawn)
+    random_share = padded_share(in_order(batch_size, list(Dealt(512))), drawn)
     assert 0 < padded_share(batches, drawn) < limit * random_share
 
 
@@ -376,7 +386,7 @@ def test_processes_have_like_work_in_each_step():
     work = [[pixels([draw.image for draw in batch], drawn) for batch in step] for step in zip(*parts)]
     waited = 1 - sum(map(sum, work)) / sum(4 * max(step) for step in work)
     alone = [[pixels(batch, drawn) for batch in step] for step in
-             zip(*(in_order(4, list(TrainingSampler(1024, rank, 4))) for rank in range(4)))]
+             zip(*(in_order(4, list(Dealt(1024, rank, 4))) for rank in range(4)))]
     assert waited < 0.08 < 0.2 < 1 - sum(map(sum, alone)) / sum(4 * max(step) for step in alone)
     totals = list(map(sum, zip(*work)))                                 # no process has the large ones always
     assert max(totals) < 1.02 * min(totals)
@@ -528,7 +538,7 @@ FACTORS = [1.0, 1.0, 1.25, 2.0, 2.7, 1.0, 3.6, 1.5]                             
 
 def repeated(kind, seed=0, rank=0, world_size=1, factors=FACTORS):
     if kind == "order":
-        return TrainingSampler(len(factors), rank, world_size, seed, factors)
+        return Dealt(len(factors), rank, world_size, seed, factors)
     return TrainingBatches([(40 + i, 50) for i in range(len(factors))], AS_THEY_ARE, 2, rank, world_size, seed, factors)
 
 
@@ -594,7 +604,7 @@ def test_awkward_factors_still_fill_every_epoch(monkeypatch):
     for _ in range(30):
         factors = [1 + chance.randrange(10) / 10 for _ in range(30)]
         factors[0] += -sum(round(10 * factor) for factor in factors) % 10 / 10                      # to a whole sum
-        sampler = TrainingSampler(30, repeats=factors)
+        sampler = Dealt(30, repeats=factors)
         for epoch in range(3):
             assert len(seen(sampler, epoch)) == len(sampler) == int(torch.tensor(factors, dtype=torch.float64).sum())
 
@@ -602,4 +612,4 @@ def test_awkward_factors_still_fill_every_epoch(monkeypatch):
 @pytest.mark.parametrize("factors", [[1.0], [1.0, 0.5], [1.0, float("nan")]])
 def test_what_are_no_factors_is_refused(factors):
     with pytest.raises(ValueError, match="repeats .* for 2 images: a factor of at least 1 is needed for each"):
-        TrainingSampler(2, repeats=factors)
+        Dealt(2, repeats=factors)

@@ -16,7 +16,7 @@ from PIL import Image
 from small_data import make_rectangles
 
 import main
-from datasets.sampler import TrainingSampler
+from datasets.sampler import RandomBatches
 from datasets.synthetic import make_panoptic, make_synthetic
 
 MAIN = Path(main.__file__)
@@ -63,11 +63,13 @@ results = main.main(main.get_args_parser().parse_args(flags))
 """
 
 
-def torchrun(program: Path, *flags: str | Path, processes: int = 2) -> subprocess.CompletedProcess:
+def torchrun(program: Path, *flags: str | Path, processes: int = 2,
+             restarts: int = 0) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(MAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(program),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         f"--max-restarts={restarts}", str(program),
          *map(str, flags)], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -189,7 +191,7 @@ def test_masks_and_panoptic_maps(tmp_path):
     process."""
     data, out = tmp_path / "data", tmp_path / "out"
     panoptic_data(data)
-    steps = zip(*(list(TrainingSampler(12, rank, 2, seed=42)) for rank in (0, 1)))
+    steps = zip(*([draw.image for draw, in RandomBatches(12, 1, rank, 2, seed=42)] for rank in (0, 1)))
     assert {(first in VOID, second in VOID) for first, second in steps} == {(a, b) for a in (0, 1) for b in (0, 1)}
     (tmp_path / "program.py").write_text(WATCHED_AND_SCORED)
     done = torchrun(tmp_path / "program.py", *MASKS, "--output_dir", out, "--coco_path", data, "--coco_panoptic_path",

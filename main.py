@@ -22,15 +22,7 @@ from datasets.examination import counted, few
 from datasets.formats import coco_layout, recognise
 from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
-from datasets.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Preprocessing,
-    describe,
-    eval_transforms,
-    make_transforms,
-    normalisation,
-)
+from datasets.transforms import Preprocessing, describe, eval_transforms, make_transforms
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
@@ -42,12 +34,12 @@ from detr.backbone import (
     has_statistics,
     pretrained,
     scratch_norm,
-    statistics,
 )
 from detr.config import DataConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.finetune import adapt, counts, detector, freeze, layout, query_usage, table
+from detr.loading import preprocessing_of
 from detr.losses import balanced_weights
 from detr.memory import checkpoint_activations, compile_model
 from detr.optimization import Sharing, share_out
@@ -467,13 +459,6 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
 def classes_in_words(table: Sequence[Category]) -> str:
     """Ids and names of the first classes of a table."""
     return few([f"{category.id} {category.name!r}" for category in table], 8)
-
-
-def preprocessing_of(settings: Settings) -> Preprocessing:
-    """How images become the model's input in evaluation."""
-    mean_std = statistics(settings.model.backbone) or (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(config.parse_size(settings.data.image_size), settings.data.max_size,
-                         *normalisation(*mean_std, settings.model.in_channels))
 
 
 def with_transforms(settings: Settings, preprocessing: Preprocessing, training: Any, validation: Any) -> tuple[Any, Any]:

@@ -29,10 +29,12 @@ from detr.config import TrainConfig
 from detr.diagnosis import CollapseWatch, Skips, random_states, set_random_states
 from detr.distributed import say
 from detr.memory import (
-    WorstBatch,
     advice,
     auto_batch_size,
     blocks_of_body,
+    checkpoint_activations,
+    fits,
+    keep_activations,
     layers_of,
     memory_limit,
     out_of_memory,
@@ -435,6 +437,7 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
             going.begin_randomness()
             if going.step < batches.steps:
                 batches.set_epoch(epoch, going.step)
+                ran_out = False
                 try:
                     train_one_epoch(wrapped, criterion, loader, batches.steps, going.optimizer, going.schedule, device,
                                     epoch, first_step=going.step, accumulate=sharing.accumulate,
@@ -444,7 +447,10 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    raise MemoryError(out_of_memory_message(settings, going.guard.doing, device)) from error
+                    ran_out = True                      # the error holds on to what was computed, until here
+                if ran_out:
+                    trial = Trial(settings, training, model, criterion, device)
+                    raise MemoryError(out_of_memory_message(settings, going.guard.doing, trial))
             averages = progress.averages()
             last = epoch + 1 == train.epochs
             share_statistics(going.scored)
@@ -492,12 +498,10 @@ class Trial:
         chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, DRAWS).round().astype(int)]
         return drawn_sizes(training.transforms, chosen, range(DRAWS))
 
-    def worst(self, batch_size: int) -> WorstBatch:
-        return worst_batch(self.sizes, self.objects, batch_size, alike=self.settings.data.bucket_train)
-
-    def __call__(self, batch_size: int, amp: str | None = None, scale: float = 1.0) -> None:
-        """A step with ``batch_size`` images, of ``scale`` times the sides."""
-        height, width, objects = self.worst(batch_size)
+    def __call__(self, batch_size: int, amp: str | None = None, scale: float = 1.0, alike: bool = False) -> None:
+        """A step with ``batch_size`` images, of ``scale`` times the sides, and ``alike`` in shape."""
+        alike = alike or self.settings.data.bucket_train
+        height, width, objects = worst_batch(self.sizes, self.objects, batch_size, alike)
         height, width = max(32, round(height * scale)), max(32, round(width * scale))
         images = [torch.rand(self.settings.model.in_channels, height, width, device=self.device) for _ in objects]
         targets: list[Any] = [{"boxes": torch.rand(n, 4, device=self.device) * 0.5 + 0.1,
@@ -530,13 +534,28 @@ def chosen_batch_size(settings: Settings, training: Any, model: nn.Module, crite
     return found
 
 
-def out_of_memory_message(settings: Settings, doing: Mapping[str, Any], device: torch.device) -> str:
-    """What to say of a batch that memory did not suffice for."""
-    there = "the last checkpoint is unharmed: go on with --resume auto, --output_dir and one of these"
+def out_of_memory_message(settings: Settings, doing: Mapping[str, Any], trial: Trial) -> str:
+    """What to say of a batch that memory did not suffice for: the flags with which a step goes through, tried."""
     known = {**dataclasses.asdict(settings.model), **dataclasses.asdict(settings.train),
              **dataclasses.asdict(settings.data), **dataclasses.asdict(settings.run)}
-    return advice(doing["shape"], doing["objects"], known, where=doing["where"], used=used_memory(device),
-                  limit=memory_limit(device), world_size=distributed.world_size()) + f"\n{there}"
+    limit = memory_limit(trial.device)
+
+    def goes_through(flags: dict[str, Any]) -> bool:
+        batch_size, amp = flags.get("batch_size", known["batch_size"]), flags.get("amp")
+        sides = [int(str(of.get("image_size", known["image_size"])).split("x")[0]) for of in (flags, known)]
+        if flags.get("activation_checkpointing"):
+            checkpoint_activations(trial.model)
+        try:
+            return fits(lambda: trial(batch_size, amp, sides[0] / sides[1], flags.get("bucket_train", False)),
+                        trial.device, limit)
+        finally:
+            if flags.get("activation_checkpointing"):
+                keep_activations(trial.model)
+
+    text = advice(doing["shape"], doing["objects"], known, where=doing["where"], used=used_memory(trial.device),
+                  limit=limit, world_size=distributed.world_size(),
+                  fits=None if sharding.is_sharded(trial.model) else goes_through)
+    return f"{text}\nthe last checkpoint is unharmed: go on with --resume auto, --output_dir and one of these"
 
 
 def goodbye(going: Training, folder: Path) -> str:

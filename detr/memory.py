@@ -98,6 +98,13 @@ def checkpoint_activations(model: nn.Module) -> list[str]:
     return found
 
 
+def keep_activations(model: nn.Module) -> None:
+    """Undo ``checkpoint_activations``."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Forward):
+            Forward.of(module).recompute = False
+
+
 def compile_model(model: nn.Module, device: torch.device | str = "cpu") -> list[str]:
     """Compile the layers of encoder and decoder for images of all sizes; the names of these parts. All layers of a class
     share what is compiled, at their first call. The rest stays as it is: a backbone's convolutions are a library's

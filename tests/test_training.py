@@ -3,6 +3,7 @@ what signals, full disks, killed processes and other numbers of processes do to 
 import errno
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -511,6 +512,77 @@ def test_gradients_do_not_depend_on_how_a_step_is_shared_out(model, data, tmp_pa
         assert difference.norm() < 1e-5 * size and difference.abs().max() < 1e-5 * size
         assert [row["lr"] for row in other_rows] == [row["lr"] for row in rows]
         assert [row["loss"] for row in other_rows] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+
+
+EMPTY = """
+import os
+import training
+import main
+
+collate = training.collate
+
+def emptied(items):
+    samples, targets = collate(items)
+    if os.environ["RANK"] == "1":
+        targets = [{name: value[:0] if name in ("boxes", "labels", "area", "iscrowd", "ignore") else value
+                    for name, value in target.items()} for target in targets]
+    return samples, targets
+
+training.collate = emptied
+training.picture_of_detections = lambda *_: None
+main.main(main.get_args_parser().parse_args())
+"""
+
+
+@pytest.mark.parametrize("model", [SMALL, DEFORMABLE], ids=["detr", "deformable"])
+def test_a_process_that_has_only_empty_images(model, data, tmp_path):
+    """Nobody waits for it, and losses are finite."""
+    (tmp_path / "empty.py").write_text(EMPTY)
+    done = torchrun(tmp_path / "empty.py", *model.split(), "--coco_path", data, "--output_dir", tmp_path / "out",
+                    "--epochs", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = steps(tmp_path / "out")
+    assert len(rows) == STEPS and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+
+
+def test_memory_that_runs_out(data, tmp_path, monkeypatch):
+    """One message: what was computed, what there is, and flags with which the worst batch of this data went through."""
+    def too_much(*args, guard, **kwargs):
+        guard.doing = {"shape": [4, 3, 64, 72], "objects": 5, "where": "epoch 0, step 3"}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried = []
+
+    def fits(call, device, limit):
+        call()
+        tried.append(limit)
+        return len(tried) > 1                                           # the first does not
+
+    monkeypatch.setattr(training, "train_one_epoch", too_much)
+    monkeypatch.setattr(training, "fits", fits)
+    with pytest.raises(MemoryError) as error:
+        run(SMALL.replace("--batch_size 2", "--batch_size 4") + f"--coco_path {data} --output_dir {tmp_path} "
+            "--backbone_norm group --bucket_train")
+    text = str(error.value)
+    assert text.startswith("out of memory at epoch 0, step 3: a batch [4, 3, 64, 72] with 5 objects")
+    assert "--batch_size 1 --global_batch_size 4" in text and "--batch_size 2 " not in text
+    assert "--activation_checkpointing" in text and "--amp bf16" in text and "--resume auto" in text
+    assert len(set(tried)) == 1 and tried[0] > 1e8
+
+
+def test_the_batch_size_that_fits(data, tmp_path, monkeypatch):
+    """Found by trying, divides what is asked for, and leaves no trace in the training."""
+    line = (SMALL.replace("--batch_size 2 --global_batch_size 4", "--global_batch_size 8")
+            + f"--coco_path {data} --backbone_norm group --epochs 1 ")
+    _, text = run(line + f"--auto_batch_size --output_dir {tmp_path}/auto")
+    assert "--auto_batch_size: 8 images per process" in text and "accumulation = 8 x 1 x 1 = 8" in text
+    run(line + f"--batch_size 8 --output_dir {tmp_path}/typed")
+    assert steps(tmp_path / "auto") == steps(tmp_path / "typed")
+    monkeypatch.setattr(training, "auto_batch_size", lambda *args: (_ for _ in ()).throw(RuntimeError("nothing fits")))
+    with pytest.raises(MemoryError, match="nothing fits"):
+        run(line + f"--auto_batch_size --output_dir {tmp_path}/none")
+    with pytest.raises(ValueError, match="--auto_batch_size chooses --batch_size: leave one of them out"):
+        run(line + "--auto_batch_size --batch_size 2")
 
 
 def test_fewer_processes_go_on(data, tmp_path):

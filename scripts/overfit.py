@@ -4,7 +4,8 @@
     python scripts/overfit.py --coco_path DIR
 
 trains a small model from random weights on the first images of a data set in COCO's layout, without augmentation, until
-it finds their objects again. Ends with 1 where it did not reach the target.
+it finds their objects again. Ends with 1 where it did not reach the target. ``scripts/doctor.py`` does the same with
+the model, the start and the learning rate of a training that is planned.
 """
 from __future__ import annotations
 
@@ -12,24 +13,26 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_evaluators, collate
-from datasets.annotations import read_annotations
 from datasets.coco import CocoDetection
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms, normalisation
+from detr.diagnosis import CollapseWatch
+from detr.precision import make_scaler
 from detr.presets import PRESETS
 from engine import Progress, evaluate, train_one_epoch
 
+NOISY = ("Dropout", "DropPath", "MultiheadAttention")       # classes of modules that drop at random in training alone
 MODELS = [name for name, preset in PRESETS.items() if preset.model.from_scratch]
 
 
@@ -52,22 +55,63 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose(annotations: dict[str, Any], count: int, most_objects: int) -> dict[str, Any]:
-    """The part of a COCO json about the first ``count`` images, by id, that have 1 to ``most_objects`` objects."""
-    numbers = dict.fromkeys((image["id"] for image in annotations["images"]), 0)
-    for row in annotations["annotations"]:
-        numbers[row["image_id"]] += not row["iscrowd"]
-    fitting = sorted(image_id for image_id, n in numbers.items() if 1 <= n <= most_objects)
+class Learnt(NamedTuple):
+    """How far ``learn`` came."""
+    ap50: float
+    steps: int
+    seconds: float
+    first_loss: float                       # average of the steps before the first evaluation,
+    averages: dict[str, float]              # and of those before the last, of all losses
+    collapsed: str | None                   # the last verdict of the watch for equal boxes
+
+
+def choose(objects: Sequence[int], count: int, most_objects: int) -> list[int]:
+    """The places of the first ``count`` images that have 1 to ``most_objects`` of ``objects``, the numbers of each."""
+    fitting = [i for i, number in enumerate(objects) if 1 <= number <= most_objects]
     if len(fitting) < count:
-        raise ValueError(f"--images {count}: only {len(fitting)} images have 1 to {most_objects} objects, as many as "
-                         f"the model has queries; ask for fewer")
-    chosen = set(fitting[:count])
-    return annotations | {"images": [row for row in annotations["images"] if row["id"] in chosen],
-                          "annotations": [row for row in annotations["annotations"] if row["image_id"] in chosen]}
+        raise ValueError(f"{count} images to learn by heart: only {len(fitting)} have 1 to {most_objects} objects, as "
+                         f"many as the model has queries; ask for fewer")
+    return fitting[:count]
 
 
-def overfit(data: CocoDetection, args: argparse.Namespace) -> tuple[float, int, float]:
-    """Train until AP50 on ``data`` exceeds the target or the steps are over -> AP50, steps, seconds."""
+def learn(model: nn.Module, criterion: nn.Module, postprocessors: dict[str, Any], data: Any, places: Sequence[int],
+          optimizer: torch.optim.Optimizer, device: torch.device, *, steps: int, check_every: int, target: float,
+          batch_size: int | None = None, max_norm: float = 0.1, amp: str = "off", held: Sequence[nn.Module] = (),
+          say: Callable[[str], Any] = print) -> Learnt:
+    """Train on the images at ``places`` of ``data`` until AP50 on them exceeds ``target`` or the steps are over.
+
+    ``data`` has the transforms of evaluation; the images are read once. A step has all of them, in batches of
+    ``batch_size`` (None: in one) whose gradients are added up. The learning rates rise over a tenth of the steps to those
+    that ``optimizer`` has, and fall. ``say`` is told of each evaluation. Raises ``NonFiniteError`` as training does.
+
+    Nothing is dropped at random, and ``held`` modules work as in evaluation: with dropout, queries of a DETR that has
+    seen eight images differ by what was dropped, and without it they are all the same.
+    """
+    held = [*held, *(module for module in model.modules() if type(module).__name__ in NOISY)]
+    size = batch_size or len(places)
+    batches = [collate([data[i] for i in places[first:first + size]]) for first in range(0, len(places), size)]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, max(2, steps), pct_start=0.1)
+    watch, scaler, collapsed = CollapseWatch(), make_scaler(device, amp), None
+    done, ap50, first_loss, start = 0, 0.0, 0.0, time.perf_counter()
+    averages: dict[str, float] = {}
+    while done < steps and ap50 <= target:
+        count = min(check_every, steps - done)
+        with contextlib.redirect_stdout(io.StringIO()):             # the tables of evaluation say more than is needed
+            averages = train_one_epoch(model, criterion, batches * count, count, optimizer, schedule, device, done,
+                                       accumulate=len(batches), max_norm=max_norm, amp=amp, scaler=scaler, held=held,
+                                       collapse=watch, progress=Progress(f"from step {done}"))
+            results = evaluate(model, criterion, {"bbox": postprocessors["bbox"]}, batches, len(batches),
+                               build_evaluators(data)[:1], device)
+        collapsed = watch.verdict()
+        first_loss = first_loss or averages["loss"]
+        done, ap50 = done + count, results["coco_eval_bbox"][1]
+        say(f"step {done}: loss {averages['loss']:.3f}, AP50 {ap50:.3f}, {time.perf_counter() - start:.0f} s")
+    return Learnt(ap50, done, time.perf_counter() - start, first_loss, averages, collapsed)
+
+
+def overfit(data: CocoDetection, places: Sequence[int], args: argparse.Namespace) -> Learnt:
+    """A new model, and ``learn``."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     config = dataclasses.replace(PRESETS[args.model].model, lr_backbone=args.lr, in_channels=args.in_channels)
@@ -76,38 +120,25 @@ def overfit(data: CocoDetection, args: argparse.Namespace) -> tuple[float, int, 
     print(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, random weights; device: "
           f"{device}", flush=True)
     optimizer = torch.optim.AdamW(config.parameter_groups(model, args.lr), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    batch = collate([data[i] for i in range(len(data))])
-    steps, ap50, start = 0, 0.0, time.perf_counter()
-    while steps < args.steps and ap50 <= args.target:
-        count = min(args.check_every, args.steps - steps)
-        averages = train_one_epoch(model, criterion, [batch] * count, count, optimizer, schedule, device, steps,
-                                   max_norm=0.1, progress=Progress(f"from step {steps}"))
-        with contextlib.redirect_stdout(io.StringIO()):                         # the table of the last one is enough
-            results = evaluate(model, criterion, postprocessors, [batch], 1, build_evaluators(data), device)
-        steps, ap50 = steps + count, results["coco_eval_bbox"][1]
-        print(f"step {steps}: loss {averages['loss']:.3f}, AP50 {ap50:.3f}, {time.perf_counter() - start:.0f} s",
-              flush=True)
-    return ap50, steps, time.perf_counter() - start
+    return learn(model, criterion, postprocessors, data, places, optimizer, device, steps=args.steps,
+                 check_every=args.check_every, target=args.target, say=lambda text: print(text, flush=True))
 
 
 def main(args: argparse.Namespace) -> int:
     """The program's exit code: 0 where the target was reached."""
     root = Path(args.coco_path)
     source = root / "annotations" / f"instances_{args.split}2017.json"
-    content = choose(read_annotations(source)[0], args.images, PRESETS[args.model].model.num_queries)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, source.name)
-        file.write_text(json.dumps(content))
-        mean, std = normalisation(IMAGENET_MEAN, IMAGENET_STD, args.in_channels)
-        data = CocoDetection(root / f"{args.split}2017", file, channels=args.in_channels,
-                             transforms=eval_transforms(Preprocessing(args.image_size, args.max_size, mean, std)))
-        print(f"images: {', '.join(map(str, data.ids))} of {source}: the first by id with 1 to "
-              f"{PRESETS[args.model].model.num_queries} objects", flush=True)
-        ap50, steps, seconds = overfit(data, args)
-    reached = ap50 > args.target
-    print(f"{args.model}, {args.images} images: AP50 {ap50:.3f} after {steps} steps, {seconds:.0f} seconds of training "
-          f"and checks; {'above' if reached else 'NOT above'} the target {args.target}")
+    mean, std = normalisation(IMAGENET_MEAN, IMAGENET_STD, args.in_channels)
+    data = CocoDetection(root / f"{args.split}2017", source, channels=args.in_channels,
+                         transforms=eval_transforms(Preprocessing(args.image_size, args.max_size, mean, std)))
+    most = PRESETS[args.model].model.num_queries
+    places = choose([len(labels) for labels in data.labels_of_images()], args.images, most)
+    print(f"images: {', '.join(str(data.ids[i]) for i in places)} of {source}: the first by id with 1 to {most} objects",
+          flush=True)
+    learnt = overfit(data, places, args)
+    reached = learnt.ap50 > args.target
+    print(f"{args.model}, {args.images} images: AP50 {learnt.ap50:.3f} after {learnt.steps} steps, {learnt.seconds:.0f} "
+          f"seconds of training and checks; {'above' if reached else 'NOT above'} the target {args.target}")
     return 0 if reached else 1
 
 

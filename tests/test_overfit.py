@@ -1,9 +1,15 @@
 """The script that learns a few images by heart, on images that are learnt within seconds."""
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from small_data import make_rectangles
+
+from datasets.coco import CocoDetection
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms
+from detr.presets import PRESETS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "overfit.py"
 
@@ -51,12 +57,37 @@ def test_images_with_five_channels(overfit, tmp_path, capsys):
         call(overfit, data, "--images 2 --image_size 64")
 
 
-def test_which_images(overfit):
-    rows = [{"image_id": i, "iscrowd": crowd} for i, crowd in ((4, 0), (4, 0), (4, 0), (2, 1), (9, 0), (3, 0), (3, 1))]
-    content = {"images": [{"id": i} for i in (9, 4, 2, 3, 1)], "annotations": rows, "categories": []}
-    chosen = overfit.choose(content, 2, most_objects=2)             # 1: none, 2: a crowd alone, 4: three
-    assert [image["id"] for image in chosen["images"]] == [9, 3]
-    assert [row["image_id"] for row in chosen["annotations"]] == [9, 3, 3]
-    assert [image["id"] for image in overfit.choose(content, 1, most_objects=3)["images"]] == [3]
-    with pytest.raises(ValueError, match="--images 4: only 3 images have 1 to 3 objects"):
-        overfit.choose(content, 4, most_objects=3)
+def test_which_images(overfit, data):
+    assert overfit.choose([0, 3, 1, 2, 1], 2, most_objects=2) == [2, 3]
+    assert overfit.choose([0, 3, 1, 2, 1], 1, most_objects=3) == [1]
+    with pytest.raises(ValueError, match="4 images to learn by heart: only 3 have 1 to 2 objects"):
+        overfit.choose([0, 3, 1, 2, 1], 4, most_objects=2)
+    with pytest.raises(ValueError, match="only 13 have 1 to 30 objects"):
+        call(overfit, data, "--images 14")
+
+
+def test_nothing_is_dropped_at_random(overfit, data):
+    """With dropout, DETR's queries differ by what was dropped, and a few images are never learnt."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["tiny_detr"].model, dropout=0.5, hidden_dim=32, dim_feedforward=32, nheads=2)
+    images = CocoDetection(data / "train2017", data / "annotations" / "instances_train2017.json",
+                           transforms=eval_transforms(Preprocessing(64, 72, IMAGENET_MEAN, IMAGENET_STD)))
+    model, criterion, postprocessors = config.build(images.num_classes)
+    seen = []
+
+    def see(module, *_):
+        if torch.is_grad_enabled():                                             # in training
+            with torch.no_grad():
+                seen.append((outputs(module), outputs(module)))
+
+    def outputs(module):
+        return module.forward(batch)["pred_logits"]
+
+    batch = [images[0][0]]
+    handle = model.register_forward_pre_hook(see)
+    overfit.learn(model, criterion, postprocessors, images, [0, 1], torch.optim.SGD(model.parameters(), lr=0.0),
+                  torch.device("cpu"), steps=2, check_every=1, target=2.0)
+    handle.remove()
+    assert len(seen) == 2 and all(torch.equal(*pair) for pair in seen)
+    model.train()
+    assert not torch.equal(outputs(model), outputs(model))                      # as in a training, where there is dropout

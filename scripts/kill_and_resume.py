@@ -149,7 +149,7 @@ def differences(one: Path, other: Path) -> list[str]:
     for name in ("checkpoint.pth", "final.pth", "best.pth"):
         states = [checkpoint.load(folder / name) for folder in (one, other)]
         for state in states:
-            for volatile in ("date", "seconds"):
+            for volatile in ("date", "seconds", "revision"):
                 state["card"].pop(volatile)
         found += [f"{name}: {entry}" for entry in unequal(*states)]
     return found

@@ -64,7 +64,7 @@ def unequal(a, b, name: str = "") -> list[str]:
     if isinstance(a, torch.Tensor):
         return [] if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) else [name]
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = (a.keys() | b.keys()) - {"date", "seconds"}
+        keys = (a.keys() | b.keys()) - {"date", "seconds", "revision"}
         return [entry for key in keys for entry in unequal(a.get(key), b.get(key), f"{name}.{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [entry for i, pair in enumerate(zip(a, b)) for entry in unequal(*pair, f"{name}[{i}]")]

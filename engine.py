@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detr import diagnosis, distributed, sharding
-from detr.diagnosis import CollapseWatch, Skips, StepHistory
+from detr.collapse import CollapseWatch
+from detr.diagnosis import Skips, StepHistory
 from detr.distributed import say
 from detr.nested_tensor import NestedTensor
 from detr.precision import autocast
@@ -25,6 +26,7 @@ from detr.structures import NonFiniteError, Outputs, Target
 Item = TypeVar("Item")
 Batch = tuple[NestedTensor, list[Target]]
 PREDICTIONS = ("pred_logits", "pred_boxes")
+OVERFLOWS = 4                               # steps in a row that fp16 may leave out, once one went through
 
 
 class Evaluator(Protocol):
@@ -146,6 +148,12 @@ class Guard:
         self.history = StepHistory()
         self.doing: dict[str, Any] = {}                 # what is being computed, should memory run out
 
+    def may_overflow(self) -> bool:
+        """Whether another step in fp16 may be left out for a smaller loss scale: as many as it takes to find the first
+        that fits, later ``OVERFLOWS`` in a row. More are no matter of scale."""
+        norms = [math.isfinite(norm) for *_, norm, _ in self.history.rows]
+        return not any(norms) or any(norms[-OVERFLOWS:])
+
     def report(self, found: Sequence[str], model: nn.Module, criterion: nn.Module, batches: Sequence[Batch],
                states: Sequence[dict[str, Any]], amp: str, device: torch.device, epoch: int, step: int, lr: float,
                scaler: torch.amp.GradScaler | None) -> None:
@@ -221,7 +229,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
                     after_step: Callable[[int, Mapping[str, float]], None] | None = None,
                     progress: Progress | None = None) -> dict[str, float]:
     """One pass: the optimizer steps ``first_step`` to ``length - 1`` of an epoch, whose batches ``loader`` gives,
-    ``accumulate`` for each step. Returns the averages of the losses over it and all processes.
+    ``accumulate`` for each step. Returns the averages over it: of losses over all processes, of ``padded``, the share of
+    padding, over this one's batches.
 
     The gradient of a step is the mean over its batches and the processes; what losses are divided by is the criterion's
     affair (``divisors``). ``schedule`` is a learning rate scheduler that steps with the optimizer. Gradients longer than
@@ -234,7 +243,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
     criterion.train()
     for module in held:
         module.eval()
-    progress, guard = progress or Progress(f"epoch {epoch}"), guard or Guard()
+    progress, guard = progress or Progress(f"epoch {epoch}", done=first_step), guard or Guard()
     plain = getattr(model, "module", model)                                     # DistributedDataParallel's
     steps = progress.over(in_groups(loader, accumulate), length, ("loss", "class_error", "grad_norm", "lr", "padded"))
     for step, batches in enumerate(steps, first_step):
@@ -247,13 +256,15 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, loader: Iterable[Bat
             if scaler is not None:
                 scaler.unscale_(optimizer)
             norm = sharding.clip(model, max_norm if max_norm > 0 else math.inf)
-            overflow = scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+            overflow = scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1 and guard.may_overflow()
             if not (math.isfinite(norm) or overflow):
                 given = given._replace(broken=True, found=[f"grad_norm = {norm}"])
         if given.broken:
             optimizer.zero_grad()
             alone = sharding.whole(plain)
             guard.report(given.found, alone, criterion, batches, given.states, amp, device, epoch, step, lr, scaler)
+            if scaler is not None and given.predictions:                        # gradients were scaled back
+                scaler.update()
             if kept is not None:
                 diagnosis.put_back_buffers(plain, kept)                         # statistics that the step has spoilt
         else:

@@ -48,7 +48,8 @@ from detr.presets import ARCHITECTURES, PRESETS
 from detr.run_folder import RunFolder
 from detr.settings import Settings, class_table, decide
 from detr.structures import Category, NonFiniteError
-from training import Interrupted, Judge, chosen_batch_size, fit
+from detr.trial import chosen_batch_size
+from training import Interrupted, Judge, fit, trial_of
 
 # Title of each group of flags in --help, and the dataclass or the fields that it shows. A flag that several architectures
 # have shows the default of the first; the others' are in their presets.
@@ -72,6 +73,10 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
 # What a training leaves in its folder.
 OUTPUTS = ("checkpoint*.pth", "checkpoints.txt", "best.*", "final.*", "non_finite*.pth", "log.txt", "steps.txt",
            "curves.png", "detections.png", "batch.png", "results*.json", "panoptic*", "eval", "tensorboard")
+
+
+# Flags that say where the weights of a training come from, which has begun with them once it goes on.
+BEGINNINGS = ("finetune", "backbone_weights", "pretrained_backbone", "frozen_weights")
 
 
 class Flag(argparse.Action):
@@ -132,9 +137,14 @@ def resume_newest(typed: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--resume auto: no checkpoint in {folder} can be read; move them away to begin anew, or "
                          f"--resume a copy")
     if found is None:
+        if typed.get("eval"):
+            raise ValueError(f"--eval --resume auto: {folder} has no checkpoint to evaluate")
         say(f"--resume auto: {folder} has no checkpoint to go on from; training begins")
         return {name: value for name, value in typed.items() if name != "resume"}
-    return typed | {"resume": str(found)}
+    begun = [name for name in BEGINNINGS if typed.get(name)]
+    for name in begun:
+        say(f"--{name} {typed[name]} has begun this training, which goes on from {found}")
+    return {name: value for name, value in typed.items() if name not in begun} | {"resume": str(found)}
 
 
 def choose_device(wanted: str, typed: bool) -> str:
@@ -258,15 +268,16 @@ def output_folder(settings: Settings) -> Path | None:
     if settings.run.eval and not settings.run.output_dir:
         return None
     resume = settings.run.resume
-    if resume and not settings.run.output_dir and "config" in settings.resumed and Path(resume).is_file():
+    whole = settings.resumed is not None and {"config", "optimizer", "epoch"} <= settings.resumed.keys()
+    if whole and not settings.run.output_dir and Path(resume).is_file():
         return Path(resume).parent
     folder = Path(settings.run.output_dir or Path("outputs") / settings.name)
-    goes_on = resume and Path(resume).resolve().parent == folder.resolve()
+    goes_on = whole and Path(resume).resolve().parent == folder.resolve()
     if not settings.run.output_dir:
         number = 2
         while folder.exists():
             folder, number = folder.with_name(f"{settings.name}-{number}"), number + 1
-    elif (folder / "log.txt").exists() and not settings.run.eval and not goes_on:
+    elif any(any(folder.glob(pattern)) for pattern in OUTPUTS) and not settings.run.eval and not goes_on:
         number = 1
         while (folder / f"earlier-{number}").exists():
             number += 1
@@ -318,7 +329,7 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     if settings.run.compile:
         say(f"compiled at their first call: {few(compiled(model, device), 4)}")
     if sharing is None:
-        chosen = chosen_batch_size(settings, training, model, criterion, device)
+        chosen = chosen_batch_size(trial_of(settings, training, model, criterion, train.amp, device))
         settings = dataclasses.replace(settings, train=dataclasses.replace(train, batch_size=chosen))
         sharing = shared_out(settings)
         say(sharing_in_words(sharing))
@@ -505,8 +516,7 @@ if __name__ == "__main__":
                     allow_abbrev=False)
     try:
         main(parser.parse_args())
-    except Interrupted as interrupted:
-        say(str(interrupted))
+    except Interrupted as interrupted:                                 # which was said
         sys.exit(128 + interrupted.signal)
     except (ValueError, OSError, ImportError, MemoryError, NonFiniteError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

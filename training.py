@@ -1,8 +1,6 @@
 """A training from its first step, or from where it was broken off, to its end: epochs, evaluation, files."""
 from __future__ import annotations
 
-import dataclasses
-import json
 import random
 import signal
 import time
@@ -25,23 +23,12 @@ from datasets.fingerprint import fingerprint
 from datasets.sampler import EvaluationBatches, EvaluationShard, RandomBatches, TrainingBatches, repeat_factors
 from datasets.transforms import Preprocessing, eval_transforms, resized
 from detr import checkpoint, distributed, sharding, visualize
+from detr.collapse import CollapseWatch
 from detr.config import TrainConfig
-from detr.diagnosis import CollapseWatch, Skips, random_states, set_random_states
+from detr.diagnosis import Skips, random_states, set_random_states
 from detr.distributed import say
-from detr.memory import (
-    advice,
-    auto_batch_size,
-    blocks_of_body,
-    checkpoint_activations,
-    fits,
-    keep_activations,
-    layers_of,
-    memory_limit,
-    out_of_memory,
-    used_memory,
-    worst_batch,
-)
-from detr.nested_tensor import nested_tensor_from_tensor_list
+from detr.logs import Log, StepLog
+from detr.memory import blocks_of_body, layers_of, out_of_memory
 from detr.optimization import (
     Sharing,
     adjusted,
@@ -50,10 +37,11 @@ from detr.optimization import (
     moving_average,
     stays,
 )
-from detr.precision import autocast, choose_precision, make_scaler
+from detr.precision import choose_precision, make_scaler
 from detr.run_folder import RunFolder, code_revision
 from detr.settings import Settings
-from detr.structures import Divisors
+from detr.structures import NonFiniteError
+from detr.trial import Trial, out_of_memory_message
 from engine import Guard, Progress, duration, evaluate, post_process, train_one_epoch
 
 DRAWS = 4096                        # images whose sizes in training are looked at for the largest
@@ -69,12 +57,15 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT are noted in ``received`` in place of ending the program; a second one ends
-    it as ever. In ``leave_at_once`` the first raises ``Interrupted``: where what was done is saved already."""
+    """While it is entered, SIGTERM and SIGINT are noted in ``received`` in place of ending the program. Another Ctrl-C
+    ends it as ever; another SIGTERM changes nothing, since launchers pass on what their processes were sent already. With
+    ``leave_at_once`` the first raises ``Interrupted``: where what was done is saved."""
     NAMES = (signal.SIGTERM, signal.SIGINT)
+    AGAIN = 1.0                                         # seconds after which a signal is another one
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.when = 0.0
         self.leave_at_once: str | None = None           # the message to leave with
 
     def __enter__(self) -> Signals:
@@ -92,11 +83,14 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.leave_at_once is not None:
-            raise Interrupted(self.leave_at_once, number)
-        if self.received is not None:
+            message, self.leave_at_once, self.received = self.leave_at_once, None, number
+            say(f"{signal.Signals(number).name}: {message}")
+            raise Interrupted(message, number)
+        if self.received is None:
+            self.received, self.when = number, time.monotonic()
+            say(f"{signal.Signals(number).name}: saving after this step; Ctrl-C once more leaves at once")
+        elif number == signal.SIGINT and time.monotonic() - self.when > self.AGAIN:
             raise KeyboardInterrupt
-        self.received = number
-        print(f"{signal.Signals(number).name}: saving after this step; once more leaves at once", flush=True)
 
 
 class Judge:
@@ -197,6 +191,9 @@ class Training:
             say(f"learning rates: times {factor:.4g}, since a step has {sharing.images} images and the recipe's "
                 f"{train.lr_batch} (--lr_rule {train.lr_rule}); warm-up {train.warmup_steps} steps, --ema_decay "
                 f"{train.ema_decay:.6g}")
+        elif sharing.images != train.lr_batch:
+            say(f"learning rates: as typed or in the recipe, which is for {train.lr_batch} images a step (--lr_batch), "
+                f"where here are {sharing.images}; --lr_rule sqrt or linear would scale them")
         self.amp = choose_precision(train.amp, device)
         self.scaler = make_scaler(device, self.amp)
         self.guard = Guard(Skips(train.non_finite, train.skip_at_most), folder,
@@ -211,6 +208,7 @@ class Training:
         self.evaluated = (0, 0)
         self.failures: Counter[str] = Counter()                     # in a row, of each file
         self.trained, self.saved = 0.0, time.monotonic()
+        self.written: tuple[int, int] | None = None                 # epoch and step of the last checkpoint of this run
 
     @property
     def scored(self) -> nn.Module:
@@ -274,7 +272,8 @@ class Training:
             say(f"the training data is not that of {source}: {before} then, {self.about['card']['data']} now")
         place = resumed.get("position") or {"epoch": resumed["epoch"] + 1, "step": 0}
         start = self.settings.run.start_epoch
-        self.epoch, self.step = (start, 0) if start else (place["epoch"], place["step"])
+        begins = start or "start_epoch" in self.settings.typed
+        self.epoch, self.step = (start, 0) if begins else (place["epoch"], place["step"])
         if self.step:
             self._restore_within_epoch(resumed, place, source)
         if self.epoch >= self.train.epochs and not self.settings.automatic:
@@ -296,17 +295,19 @@ class Training:
         before = place["images_per_step"]
         same_steps = before == self.sharing.images and place["steps_per_epoch"] == self.steps_per_epoch
         if not same_steps:
+            again = ", with bucketed batches of which some were seen before" if self.settings.data.bucket_train else ""
             self.step = min(self.step * before // self.sharing.images, self.steps_per_epoch)
             say(f"{source} was saved after {place['step']} steps of {before} images of an epoch of "
                 f"{place['steps_per_epoch']}; now a step has {self.sharing.images} images and an epoch "
-                f"{self.steps_per_epoch} steps: it goes on with step {self.step}")
+                f"{self.steps_per_epoch} steps: it goes on with step {self.step}{again}")
         self.progress = resumed.get("progress")
         states = resumed.get("random_states") or ()
         if len(states) == distributed.world_size() and same_steps:
             self.random = list(states)
         else:
-            say(f"random states: {len(states)} processes saved theirs, {distributed.world_size()} go on; dropout is "
-                f"seeded anew from --seed, epoch and step")
+            why = "steps are other ones" if not same_steps else \
+                f"{len(states)} processes saved theirs, and {distributed.world_size()} go on"
+            say(f"random states: {why}; dropout is seeded anew from --seed, epoch and step")
 
     def _restore_optimizer(self, resumed: dict[str, Any], source: str) -> None:
         wanted = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
@@ -330,13 +331,24 @@ class Training:
 
     def save(self) -> None:
         """Write ``checkpoint.pth``. Where that fails, it is said and training goes on, unless it fails again and again
-        (``WRITE_FAILURES``). All processes must call it."""
-        state = self.state()
-        self.try_to_write(lambda: self.files.save(state), "checkpoint.pth")
+        (``WRITE_FAILURES``). All processes must call it. Raises ``NonFiniteError`` where a weight is no number: what can
+        be used is left as it is."""
+        self.write(self.state())
+
+    def write(self, state: dict[str, Any]) -> None:
+        bad = [name for name, value in state["model"].items() if not value.isfinite().all()]
+        bad = next((names for names in distributed.gather_objects(bad) if names), [])
+        if bad:
+            raise NonFiniteError(f"weights that are no numbers after epoch {self.epoch}, step {self.step}: {bad[0]}"
+                                 f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}; nothing is saved, and the last "
+                                 f"checkpoint is from before. Try a lower --lr")
+        if self.try_to_write(lambda: self.files.save(state), "checkpoint.pth"):
+            self.written = self.epoch, self.step
         self.saved = time.monotonic()
 
-    def try_to_write(self, write: Callable[[], Any], what: str) -> None:
-        """``write`` in the main process; a failure is said, and counted in all processes."""
+    def try_to_write(self, write: Callable[[], Any], what: str, needed: bool = True) -> bool:
+        """``write`` in the main process, and whether it went well; a failure is said, and counted in all processes. What
+        is not ``needed`` may fail as often as it likes."""
         failure = None
         if distributed.is_main():
             try:
@@ -346,13 +358,17 @@ class Training:
         failure = distributed.gather_objects(failure)[0]
         if not failure:
             self.failures[what] = 0
-            return
+            return True
+        if not needed:
+            say(f"NOT SAVED: {failure}")
+            return False
         self.failures[what] += 1
         if self.failures[what] >= WRITE_FAILURES:
             raise OSError(f"{failure}\nstopped after {WRITE_FAILURES} writes in a row that failed; --resume auto goes on "
                           f"from the last checkpoint in {self.files.folder}")
         say(f"NOT SAVED: {failure}\ntraining goes on, and {what} is written anew next time ({self.failures[what]} of "
             f"{WRITE_FAILURES} failures in a row before it stops)")
+        return False
 
     def finish_epoch(self, averages: Mapping[str, float], results: Mapping[str, Any], parameters: int) -> None:
         """Count the epoch, and write what is left of it: the best weights so far, checkpoints, the card. The best are
@@ -367,15 +383,14 @@ class Training:
             self.metrics, self.evaluated = dict(results), (self.epoch, 0)
             name, value = headline(results)
             if self.best is None or self.best["name"] != name or value > self.best["value"]:
-                self.best = {"name": name, "value": value, "epoch": epoch}
                 usable = self.usable()
-                self.try_to_write(lambda: self.files.export("best", usable), "best.pth")
+                if self.try_to_write(lambda: self.files.export("best", usable), "best.pth"):
+                    self.best = {"name": name, "value": value, "epoch": epoch}
         state = self.state()
-        self.try_to_write(lambda: self.files.save(state), "checkpoint.pth")
+        self.write(state)
         if stays(epoch, self.train):
-            self.try_to_write(lambda: self.files.keep(state, epoch), f"checkpoint{epoch:04}.pth")
-        self.try_to_write(self.files.card, "checkpoints.txt")
-        self.saved = time.monotonic()
+            self.try_to_write(lambda: self.files.keep(state, epoch), f"checkpoint{epoch:04}.pth", needed=False)
+        self.try_to_write(self.files.card, "checkpoints.txt", needed=False)
 
 
 def headline(results: Mapping[str, Any]) -> tuple[str, float]:
@@ -399,6 +414,8 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
              "card": {"revision": code_revision(), "data": fingerprint(training), "torch": str(torch.__version__)}}
     going = Training(settings, model, held, sharing, batches.steps, device, folder, about)
     going.restore()
+    if settings.resumed is not None:
+        settings.resumed.clear()                        # four times the model, for days
     train, first = going.train, going.epoch
     wrapped = model
     if distributed.is_distributed() and not sharding.is_sharded(model):
@@ -449,126 +466,85 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
                         raise
                     ran_out = True                      # the error holds on to what was computed, until here
                 if ran_out:
-                    trial = Trial(settings, training, model, criterion, device)
-                    raise MemoryError(out_of_memory_message(settings, going.guard.doing, trial))
-            averages = progress.averages()
+                    trial = trial_of(settings, training, model, criterion, going.amp, device, going.optimizer)
+                    raise MemoryError(out_of_memory_message(going.guard.doing, trial))
+            averages, results = progress.averages(), {}
             last = epoch + 1 == train.epochs
             share_statistics(going.scored)
             evaluated = last or (epoch + 1) % train.eval_every == 0
             if evaluated:
                 going.save()                            # now nothing is lost if evaluation is broken off
-                signals.leave_at_once = goodbye(going, folder)
-            results = judge(sharding.whole(going.scored), f"evaluation {epoch}") if evaluated else {}
-            signals.leave_at_once = None
-            if collapsed := going.collapse.verdict():
+                if distributed.any_of(signals.received is not None)[0]:
+                    leave(signals, going, folder)
+                if going.written == (going.epoch, going.step):
+                    signals.leave_at_once = goodbye(going, folder)
+                results = evaluated_by(judge, sharding.whole(going.scored), f"evaluation {epoch}")
+                signals.leave_at_once = None
+            if collapsed := next(filter(None, distributed.gather_objects(going.collapse.verdict())), None):
                 say(collapsed)
             going.finish_epoch(averages, results, parameters)
             if distributed.is_main():
                 log.write(going.row)
             if evaluated:
-                judge.save()
+                going.try_to_write(judge.save, "results.json", needed=False)
             if distributed.any_of(signals.received is not None)[0]:
                 leave(signals, going, folder)
     say(f"trained for {duration(going.trained)}, all runs together, without evaluation")
     usable, scored = going.usable(), sharding.whole(going.scored)
-    going.try_to_write(lambda: going.files.export("final", usable), "final.pth")
-    going.try_to_write(going.files.card, "checkpoints.txt")
+    if not going.try_to_write(lambda: going.files.export("final", usable), "final.pth", needed=False):
+        raise OSError(f"training has ended, and final.pth could not be written: make room, and --resume auto "
+                      f"--output_dir {folder} writes it")
+    going.try_to_write(going.files.card, "checkpoints.txt", needed=False)
     if distributed.is_main() and train.epochs > first:
         picture_of_detections(scored, judge, preprocessing, folder, device)
     log.close()
     return results
 
 
-class Trial:
-    """One training step of the worst batch that the data has, to see what it takes: random pixels of the largest size, as
-    many objects as there may be. It waits for no other process."""
-
-    def __init__(self, settings: Settings, training: Any, model: nn.Module, criterion: nn.Module,
-                 device: torch.device) -> None:
-        self.settings, self.model, self.criterion, self.device = settings, model, criterion, device
-        self.num_classes, self.amp = training.num_classes, settings.train.amp
-        self.amp = choose_precision(self.amp, device)
-        self.optimizer = make_optimizer(settings.model.parameter_groups(model, 0.0), settings.train)
-        self.objects = [len(labels) for labels in training.labels_of_images()]
-        self.sizes = self.fed(training)
-
-    def fed(self, training: Any) -> list[tuple[int, int]]:
-        """(height, width) of images as training feeds them: of each image once, of few images several times."""
-        sizes = [(int(h), int(w)) for h, w in training.sizes.tolist()]
-        chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, DRAWS).round().astype(int)]
-        return drawn_sizes(training.transforms, chosen, range(DRAWS))
-
-    def __call__(self, batch_size: int, amp: str | None = None, scale: float = 1.0, alike: bool = False) -> None:
-        """A step with ``batch_size`` images, of ``scale`` times the sides, and ``alike`` in shape."""
-        alike = alike or self.settings.data.bucket_train
-        height, width, objects = worst_batch(self.sizes, self.objects, batch_size, alike)
-        height, width = max(32, round(height * scale)), max(32, round(width * scale))
-        images = [torch.rand(self.settings.model.in_channels, height, width, device=self.device) for _ in objects]
-        targets: list[Any] = [{"boxes": torch.rand(n, 4, device=self.device) * 0.5 + 0.1,
-                               "labels": torch.arange(n, device=self.device) % self.num_classes} for n in objects]
-        if getattr(self.settings.model, "masks", False):
-            for target, n in zip(targets, objects):
-                target["masks"] = torch.zeros(n, height, width, dtype=torch.bool, device=self.device)
-        self.model.train()
-        self.criterion.train()
-        samples = nested_tensor_from_tensor_list(images)
-        with autocast(self.device, amp or self.amp):
-            takes = getattr(self.model, "takes_targets", False)
-            outputs = self.model(samples, targets) if takes else self.model(samples)
-        divisors = Divisors(torch.tensor(float(max(1, sum(objects))), device=self.device))
-        self.criterion.weighted_sum(self.criterion(outputs, targets, divisors)).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def chosen_batch_size(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module,
-                      device: torch.device) -> int:
-    """``--auto_batch_size``: said."""
-    trial = Trial(settings, training, model, criterion, device)
+def evaluated_by(judge: Judge, model: nn.Module, title: str) -> dict[str, Any]:
+    """``judge(model)``, with a message of its own where memory runs out."""
     try:
-        found, report = auto_batch_size(trial, model, trial.optimizer, device,
-                                        len(training) // distributed.world_size(), settings.train.global_batch_size)
-    except RuntimeError as error:
-        raise MemoryError(error) from error
-    say(report)
-    return found
+        return judge(model, title)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory in {title}, which computes as many images at once as --batch_size says: give "
+                          f"less, with --global_batch_size for the same steps, or smaller images (--image_size); all "
+                          f"that was trained is saved") from None
 
 
-def out_of_memory_message(settings: Settings, doing: Mapping[str, Any], trial: Trial) -> str:
-    """What to say of a batch that memory did not suffice for: the flags with which a step goes through, tried."""
-    known = {**dataclasses.asdict(settings.model), **dataclasses.asdict(settings.train),
-             **dataclasses.asdict(settings.data), **dataclasses.asdict(settings.run)}
-    limit = memory_limit(trial.device)
+def fed_sizes(training: Any) -> list[tuple[int, int]]:
+    """(height, width) of ``DRAWS`` images as training feeds them: of few images, several times each."""
+    sizes = [(int(h), int(w)) for h, w in training.sizes.tolist()]
+    chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, DRAWS).round().astype(int)]
+    return drawn_sizes(training.transforms, chosen, range(DRAWS))
 
-    def goes_through(flags: dict[str, Any]) -> bool:
-        batch_size, amp = flags.get("batch_size", known["batch_size"]), flags.get("amp")
-        sides = [int(str(of.get("image_size", known["image_size"])).split("x")[0]) for of in (flags, known)]
-        if flags.get("activation_checkpointing"):
-            checkpoint_activations(trial.model)
-        try:
-            return fits(lambda: trial(batch_size, amp, sides[0] / sides[1], flags.get("bucket_train", False)),
-                        trial.device, limit)
-        finally:
-            if flags.get("activation_checkpointing"):
-                keep_activations(trial.model)
 
-    text = advice(doing["shape"], doing["objects"], known, where=doing["where"], used=used_memory(trial.device),
-                  limit=limit, world_size=distributed.world_size(),
-                  fits=None if sharding.is_sharded(trial.model) else goes_through)
-    return f"{text}\nthe last checkpoint is unharmed: go on with --resume auto, --output_dir and one of these"
+def trial_of(settings: Settings, training: Any, model: nn.Module, criterion: nn.Module, amp: str, device: torch.device,
+             optimizer: torch.optim.Optimizer | None = None) -> Trial:
+    """A step of this data's worst batch; ``auto`` precision is tried as the one that takes most."""
+    objects = [len(labels) for labels in training.labels_of_images()]
+    return Trial(settings, fed_sizes(training), objects, training.num_classes, model, criterion,
+                 "off" if amp == "auto" else amp, device, optimizer)
 
 
 def goodbye(going: Training, folder: Path) -> str:
     """The last line of a training that leaves before its end."""
-    return (f"saved at epoch {going.epoch}, step {going.step} of {going.steps_per_epoch}: go on with --resume auto "
-            f"--output_dir {folder}")
+    again = f"the same command with --resume auto --output_dir {folder}"
+    place = f"epoch {going.epoch}, step {going.step} of {going.steps_per_epoch}"
+    if going.written == (going.epoch, going.step):
+        return f"saved at {place}: go on with {again}"
+    there = "the last checkpoint of this run is of epoch {}, step {}".format(*going.written) if going.written else \
+        "this run has saved no checkpoint"
+    return f"NOT SAVED at {place}, and {there}: make room, and go on with {again}"
 
 
 def leave(signals: Signals, going: Training, folder: Path) -> None:
-    """Raise ``Interrupted``, of a checkpoint that was just saved."""
-    going.try_to_write(going.files.card, "checkpoints.txt")
-    number = signals.received or signal.SIGTERM
-    raise Interrupted(f"{signal.Signals(number).name}: {goodbye(going, folder)}", number)
+    """Raise ``Interrupted``, after a checkpoint was saved, or could not be."""
+    going.try_to_write(going.files.card, "checkpoints.txt", needed=False)
+    number, message = signals.received or signal.SIGTERM, goodbye(going, folder)
+    say(f"{signal.Signals(number).name}: {message}")
+    raise Interrupted(message, number)
 
 
 def share_statistics(model: nn.Module) -> None:
@@ -577,87 +553,6 @@ def share_statistics(model: nn.Module) -> None:
     if distributed.is_distributed():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
-
-
-class StepLog:
-    """``steps.txt`` with one JSON object a line an optimizer step. What is there of steps that are done again goes."""
-
-    def __init__(self, folder: Path, epoch: int, step: int) -> None:
-        self.file = folder / "steps.txt"
-        rows = []
-        if self.file.exists():
-            for line in self.file.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:                      # cut short, by a kill
-                    continue
-                if (row["epoch"], row["step"]) < (epoch, step):
-                    rows.append(line)
-            checkpoint.write_whole(self.file, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
-
-    def write(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """A step whose ``values`` are empty was left out; one without ``grad_norm`` overflowed. A full disk takes the
-        line away, and is said."""
-        shown = {name: values[name] for name in ("loss", "grad_norm", "lr") if name in values}
-        row = {"epoch": epoch, "step": step, **(shown or {"left_out": True})}
-        try:
-            with open(self.file, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            say(f"cannot write {self.file}: {error}; step {step} of epoch {epoch} is missing there")
-
-
-class Log:
-    """``log.txt`` with one JSON object a line an epoch, the curve drawn from it, and TensorBoard where asked for."""
-
-    def __init__(self, folder: Path, tensorboard: bool, epoch: int = 0, row: dict[str, Any] | None = None) -> None:
-        """``epoch`` is next: rows of it and later ones, which are trained again, are taken out. ``row`` is the one before
-        it, which is added where the program was killed before it could be written."""
-        self.file, self.curves, self.writer = folder / "log.txt", folder / "curves.png", None
-        self.unwritten: list[dict[str, Any]] = []
-        if self.file.exists() and distributed.is_main():
-            rows = visualize.read_log(self.file)        # a line that is no json is an error now, not after an epoch
-            kept = [old for old in rows if old.get("epoch", -1) < epoch]
-            if row is not None and row["epoch"] == epoch - 1 and all(old.get("epoch") != epoch - 1 for old in kept):
-                kept.append(row)
-            if len(kept) < len(rows):
-                say(f"{self.file}: taken out: {len(rows) - len(kept)} rows of epochs that are trained again")
-            if kept != rows:
-                text = "".join(json.dumps(old) + "\n" for old in kept)
-                checkpoint.write_whole(self.file, lambda file: file.write(text.encode()))
-        if tensorboard and distributed.is_main():
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """A finished epoch. What a full disk does not take is said, and written with the next epoch."""
-        self.unwritten.append(row)
-        try:
-            with open(self.file, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in self.unwritten))
-            self.unwritten = []
-            visualize.draw_curves(self.file, self.curves)
-        except OSError as error:
-            say(f"NOT SAVED: cannot write {self.file.parent}: {error}; {len(self.unwritten)} rows of log.txt are written "
-                f"with the next epoch's. Make room")
-        if self.writer is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, row["epoch"])
-            for title, key in (("coco", "test_coco_eval_bbox"), ("coco_masks", "test_coco_eval_masks")):
-                for name, value in zip(visualize.COCO_NUMBERS, row.get(key, ())):
-                    self.writer.add_scalar(f"{title}/{name}", value, row["epoch"])
-            for key in ("PQ_all", "PQ_th", "PQ_st"):
-                for name, value in row.get(f"test_{key}", {}).items():
-                    self.writer.add_scalar(f"panoptic/{key}/{name}", value, row["epoch"])
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
 
 
 @torch.no_grad()

@@ -4,11 +4,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.annotations import index
 from datasets.fast_coco_eval import JUDGES, FastCOCOeval, Found, why_not_fast
+from detr.checkpoint import write_whole
 from detr.distributed import gather_objects, is_main
 from detr.structures import Category, Detections
 
@@ -135,15 +135,16 @@ class CocoEvaluator:
             path.parent.mkdir(parents=True, exist_ok=True)
             for kind in self._kinds():
                 name = path if kind == "bbox" else path.with_name(f"{path.stem}_masks{path.suffix}")
-                unfinished = name.with_name(name.name + ".unfinished")
-                with unfinished.open("w") as file:                  # an image at a time, in the words of one json.dumps
-                    between = "["
-                    for rows in self._rows((kind,)):
-                        if rows:
-                            file.write(between + json.dumps(rows)[1:-1])
-                            between = ", "
-                    file.write("]" if between == ", " else "[]")
-                os.replace(unfinished, name)
+                write_whole(name, lambda file, kind=kind: self._write(file, kind))
+
+    def _write(self, file: IO[bytes], kind: str) -> None:
+        """An image at a time, in the words of one json.dumps."""
+        between = "["
+        for rows in self._rows((kind,)):
+            if rows:
+                file.write((between + json.dumps(rows)[1:-1]).encode())
+                between = ", "
+        file.write(b"]" if between == ", " else b"[]")
 
     def _kinds(self) -> tuple[str, ...]:
         return ("bbox", "segm") if self.masks else ("bbox",)

@@ -6,7 +6,7 @@ every case that ``tests/test_fast_coco_eval.py`` and docs/evaluation.md list but
 from __future__ import annotations
 
 import datetime
-import importlib.util
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,8 +52,11 @@ def why_not_fast(coco: COCO, image_ids: Sequence[int]) -> str | None:
     pycocotools remembers whom a prediction has found by the annotation's id, and takes 0 for nobody: what finds that
     object counts as wrong. Where two annotations share an id, it sees one of them twice. hotcoco has neither quirk.
     """
-    if importlib.util.find_spec("hotcoco") is None:
-        return "the package hotcoco is not installed (pip install 'hotcoco>=1.3,<2'); the numbers are the same, later"
+    try:
+        importlib.import_module("hotcoco")
+    except ImportError as error:
+        return (f"the package hotcoco cannot be used ({error}); pip install 'hotcoco>=1.3,<2', or --coco_eval "
+                f"pycocotools; the numbers are the same, later")
     ids = [row["id"] for image_id in image_ids for row in coco.imgToAnns.get(image_id, ())]
     if zeros := ids.count(0):
         return (f"{zeros} of {len(ids)} annotations has id 0, which pycocotools takes for no object at all, so that what "

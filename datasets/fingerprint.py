@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """What a checkpoint remembers of the data it was trained on: numbers of images and objects, and a SHA-256 of all
-    that annotations say of them: names and sizes of the images, classes, labels and boxes. Pixels, which take long to
-    read, have no part in it, nor has the folder that the data is in."""
+    """What a checkpoint remembers of the data it was trained on: numbers of images and objects, and a SHA-256 of the
+    images' names and sizes, classes, labels and, but of panoptic data, boxes. Pixels, which take long to read, have no
+    part in it, nor has the folder that the data is in."""
     digest = hashlib.sha256()
     labels = dataset.labels_of_images()
     digest.update(repr([tuple(category) for category in dataset.categories]).encode())

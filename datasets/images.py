@@ -1,4 +1,4 @@
-"""Image files -> upright pictures of 8 bits: the one way they are read, in training, evaluation and prediction."""
+"""Image files -> upright pictures of 8 bits: how they are read in training, evaluation and ``scripts/predict.py``."""
 from __future__ import annotations
 
 import io

@@ -394,7 +394,8 @@ def memory_limit(device: torch.device | str) -> int:
                     if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * CPU_SHARE)
-    return used_memory(device) + int(min([free, *cgroup_room()]) * CPU_SHARE)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                   # processes that share this machine
+    return used_memory(device) + int(min([free, *cgroup_room()]) * CPU_SHARE / here)
 
 
 def measurable(device: torch.device) -> None:
@@ -522,7 +523,8 @@ def advice(shape: Sequence[int], objects: int, settings: Settings, *, where: str
         lines[0] += " Each of these needs less, the least harmful first:"
     else:
         options = tried(options, fits)
-        lines[0] += " Each of these fits, tried on this batch, the least harmful first:" if options else \
+        lines[0] += " With each of these the largest batch of this data fits, tried, the least harmful first:" \
+            if options else \
             " None of the flags that need less is enough, nor all of them together: use a smaller --model or --backbone."
     for flags, cost in options:
         typed = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items())

@@ -167,6 +167,6 @@ def _from_file(path: Path, channels: int) -> Picture:
         with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)                       # reads the pixels, too
             return in_colours(image, channels)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:     # Pillow's, of damage
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:  # of damage
         raise OSError(f"image {path} ({path.stat().st_size} bytes) cannot be read: {error}; copy it again, convert it to "
                       f"JPEG or PNG, or leave it out") from error

@@ -79,22 +79,27 @@ class RunFolder:
         return path
 
     def newest(self) -> Path | None:
-        """The checkpoint from which a training goes on: of those that are whole, the one that has come furthest. Damaged
-        ones are named and counted. Also removes what killed processes left half-written."""
+        """The checkpoint from which a training goes on: the first that is whole of ``checkpoint.pth``, the one before
+        it, and those that stay, the last written first. Damaged ones are named and counted. Also removes what killed
+        processes left half-written."""
         checkpoint.remove_partials(self.folder)
-        candidates = [path for path in self._files() if path.name in (NEWEST, PREVIOUS) or KEPT.fullmatch(path.name)]
-        whole: list[tuple[Position, Path]] = []
-        for path in candidates:
+        kept = [path for path in self._files() if KEPT.fullmatch(path.name)]
+        candidates = [path for path in (self.folder / NEWEST, self.folder / PREVIOUS) if path.is_file()]
+        candidates += sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True)
+        for number, path in enumerate(candidates):
             try:
                 _check_sums(path)
-                whole.append((position(checkpoint.load(path, mmap=True)), path))
+                position(checkpoint.load(path))
             except (OSError, ValueError, TypeError) as error:
                 say(f"passed over {path.name}: {error}")
-        if len(whole) < len(candidates):
-            say(f"{len(candidates) - len(whole)} of the {len(candidates)} checkpoints in {self.folder} could not be read"
-                + ("" if whole else ": there is none to go on from"))
-        furthest = max((place for place, _ in whole), default=None)
-        return next((path for place, path in whole if place == furthest), None)
+                continue
+            if number:
+                say(f"{number} of the {len(candidates)} checkpoints in {self.folder} could not be read")
+            return path
+        if candidates:
+            count = len(candidates)
+            say(f"{count} of the {count} checkpoints in {self.folder} could not be read: there is none to go on from")
+        return None
 
     def _files(self) -> list[Path]:
         """The checkpoints there are, the newest first."""
@@ -202,7 +207,11 @@ def _what(path: Path) -> str:
 
 
 def _check_sums(path: Path) -> None:
-    """ValueError where the content is not what was written, which reading tensors would not notice."""
+    """ValueError where the content is not what was written, which reading tensors would not notice. PyTorch's format of
+    before 2020 has no sums."""
+    with path.open("rb") as file:
+        if file.read(2) == b"\x80\x02":
+            return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -301,7 +301,8 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("skip_at_most", train.non_finite == "stop", "with --non_finite stop"),
             ("amp", run.eval and train.amp != "off", "with --eval, which computes in float32"),
             *[(flag, run.eval, "with --eval")
-              for flag in ("global_batch_size", "lr_rule", "lr_batch", "loss_normalizer", "non_finite", "skip_at_most",
+              for flag in ("lr", "weight_decay", "sgd", "lr_schedule", "warmup_steps", "clip_max_norm", "ema_decay",
+                           "global_batch_size", "lr_rule", "lr_batch", "loss_normalizer", "non_finite", "skip_at_most",
                            "save_every_minutes", "log_steps", "activation_checkpointing", "auto_batch_size", "fsdp")],
             ("epochs", run.eval, "with --eval"), ("tensorboard", run.eval, "with --eval"),
             ("start_epoch", run.eval, "with --eval"), ("eval_every", run.eval, "with --eval")]

@@ -66,9 +66,10 @@ try:                                                # where this fails, that is 
     from detr.run_folder import code_revision
     from detr.settings import Settings
     from detr.structures import NonFiniteError
+    from detr.trial import chosen_batch_size
     from engine import image_ids, post_process, to_device
     from scripts.overfit import Learnt, choose, learn
-    from training import chosen_batch_size, training_batches
+    from training import training_batches, trial_of
 except (ImportError, OSError, RuntimeError, AttributeError) as error:
     BROKEN = error
 
@@ -449,7 +450,7 @@ def prepare(report: Report, settings: Settings, training: Any, validation: Any, 
         if run.compile:
             compile_model(model, device)
         if run.auto_batch_size:
-            size = chosen_batch_size(settings, training, model, criterion, device)
+            size = chosen_batch_size(trial_of(settings, training, model, criterion, settings.train.amp, device))
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, batch_size=size))
         amp = choose_precision(settings.train.amp, device)
     every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_of_them)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import build_evaluators, collate
 from datasets.coco import CocoDetection
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms, normalisation
-from detr.diagnosis import CollapseWatch
+from detr.collapse import CollapseWatch
 from detr.precision import make_scaler
 from detr.presets import PRESETS
 from engine import Progress, evaluate, train_one_epoch

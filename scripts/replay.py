@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A step that failed, computed again from the file that training left when a value was no number.
 
-    python scripts/replay.py outputs/tiny_detr/non-finite.pth --device cpu
+    python scripts/replay.py outputs/tiny_detr/non_finite_epoch0_step57.pth --device cpu
 
 The file holds the model before the step, its configuration, the batch and the random state, so that neither data nor
 checkpoints are needed. Prints what is known of the step, what training said, and what is found now. The exit code is 0

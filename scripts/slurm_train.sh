@@ -63,10 +63,15 @@ command=("${launch[@]}" "${PYTHON:-python}" -m torch.distributed.run --nnodes="$
 printf '%q ' "${command[@]}"; echo
 [[ -z "${DRY_RUN:-}" ]] || exit 0
 
-# "save": SIGTERM goes from srun to torchrun, and from there to all processes of main.py, which finish their step, save and
-# leave. At the end of the time the job then asks to be queued again; of a preemption Slurm knows that itself.
+# "save": SIGTERM goes to torchrun on every node, and from there to all processes of main.py, which finish their step, save
+# and leave. Under Slurm scancel sends it to the tasks: srun itself would kill them on SIGTERM. At the end of the time the job
+# then asks to be queued again; of a preemption Slurm knows that itself.
 running='' stopped=''
-save() { stopped="$1"; [[ -z "$running" ]] || kill -TERM "$running" 2>/dev/null || true; }
+save() {
+    stopped="$1"
+    [[ -n "$running" ]] || return 0
+    if [[ -n "${SLURM_JOB_ID:-}" ]]; then scancel --signal=TERM "$SLURM_JOB_ID"; else kill -TERM "$running"; fi || true
+}
 trap 'save USR1' USR1
 trap 'save TERM' TERM
 "${command[@]}" & running=$!

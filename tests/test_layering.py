@@ -7,7 +7,7 @@ import pytest
 
 LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
-     "preprocessing", "coco_classes", "precision", "diagnosis", "run_folder", "sharding", "exact_mode",
+     "preprocessing", "coco_classes", "precision", "diagnosis", "collapse", "run_folder", "sharding", "exact_mode",
      "deformable_cpu", "deformable_triton"},
     {"optimization", "memory", "finetune", "mlp", "residual", "attention", "deformable_attention",
      "position_encoding", "reference_points"},
@@ -15,8 +15,8 @@ LEVELS = [
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},
     {"presets", "attention_maps", "visualize"},
-    {"settings"},
-    {"loading"},
+    {"settings", "logs"},
+    {"loading", "trial"},
     {"__init__"},                                                               # see everything below
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

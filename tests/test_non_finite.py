@@ -15,6 +15,7 @@ from test_training import SMALL, STEPS, data, no_pictures, run, steps  # noqa: F
 
 import training
 from detr import checkpoint
+from detr.set_criterion import SetCriterion
 from detr.structures import NonFiniteError
 
 POISONED = 105                                                          # the image
@@ -92,6 +93,36 @@ def test_fp16_overflow_is_no_failure(data, tmp_path):  # noqa: F811
     assert state["scaler"]["scale"] <= 65536 and state["skips"] == {"count": 0}
     overflows = sum(row["train_overflows"] * STEPS for row in log)
     assert state["scaler"]["scale"] == 65536 / 2 ** round(overflows)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_fp16_does_not_hide_gradients_that_are_never_numbers(first, data, tmp_path, monkeypatch):  # noqa: F811
+    """A few steps may be left out for a smaller loss scale; not all of them."""
+    weighted, calls = SetCriterion.weighted_sum, []
+
+    def broken(self, losses):
+        calls.append(1)                                                 # twice a step: two batches
+        nothing = (losses["loss_bbox"] * 0).sqrt() if len(calls) > 2 * first else 0         # its slope is infinite
+        return weighted(self, losses) + nothing
+
+    monkeypatch.setattr(SetCriterion, "weighted_sum", broken)
+    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --amp fp16 --epochs 9 "
+    with pytest.raises(NonFiniteError, match="grad_norm = nan"):
+        run(line)
+    assert len(calls) <= 2 * (18 if first == 0 else first + 6)
+
+
+def test_fp16_steps_that_are_left_out(data, tmp_path, monkeypatch):  # noqa: F811
+    """Also where the loss scale cannot fall any more."""
+    clip, calls = training.sharding.clip, []
+
+    def broken(model, max_norm):
+        calls.append(1)
+        return math.nan if 4 < len(calls) < 12 else clip(model, max_norm)
+
+    monkeypatch.setattr("detr.sharding.clip", broken)
+    _, text = run(SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --amp fp16 --epochs 4 --non_finite skip")
+    assert "this step is left out (1 of at most 10" in text
 
 
 POISON_ONE = """

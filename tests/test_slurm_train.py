@@ -13,10 +13,16 @@ import main
 
 SCRIPT = Path(main.__file__).parent / "scripts" / "slurm_train.sh"
 # Runs until it is told to leave, and leaves as a training that has saved does.
+# On SIGTERM srun kills its tasks, as Slurm's does; what scancel sends goes to the tasks.
 SRUN = """#!/bin/bash
-trap 'echo asked to leave; exit 143' TERM
+trap 'echo killed its tasks; exit 137' TERM
+trap 'echo asked to leave; exit 143' USR2
+echo $$ > "$TOLD.srun"
 echo started
 while true; do sleep 0.05; done
+"""
+SCANCEL = """#!/bin/bash
+[[ "$*" == "--signal=TERM 40007" ]] && kill -USR2 "$(cat "$TOLD.srun")"
 """
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo first; echo second; else echo "$@" >> "$TOLD"; fi
@@ -28,7 +34,7 @@ SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --de
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
     """The environment of a job of two nodes of four GPUs."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return {**without_slurm(), "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told"),

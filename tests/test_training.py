@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import make_rectangles
-from test_train_distributed import alone, torchrun
+from test_train_distributed import torchrun
 
 import main
 import training
 from datasets.sampler import RandomBatches
-from detr import checkpoint
+from detr import checkpoint, logs, trial
 from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.optimization import Sharing
 from detr.run_folder import RunFolder
+from detr.structures import NonFiniteError
 from training import Interrupted, Signals, Training, seed_randomness
 
 ROOT = Path(main.__file__).parent
@@ -135,7 +136,8 @@ def test_broken_off_while_it_evaluates(data, tmp_path, monkeypatch):
     same_training(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_killed_between_the_checkpoint_and_the_log(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [0, 1])
+def test_killed_between_the_checkpoint_and_the_log(before, data, tmp_path, monkeypatch):
     line = SMALL + f"--coco_path {data} --epochs 3 "
     run(line + f"--output_dir {tmp_path}/whole")
 
@@ -143,10 +145,11 @@ def test_killed_between_the_checkpoint_and_the_log(data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         write, rows = training.Log.write, []
-        patched.setattr(training.Log, "write", lambda self, row: killed(self, row) if rows else
+        patched.setattr(training.Log, "write", lambda self, row: killed(self, row) if len(rows) == before else
                         (rows.append(row), write(self, row)))
         run(line + f"--output_dir {tmp_path}/broken")
-    assert len((tmp_path / "broken" / "log.txt").read_text().splitlines()) == 1
+    file = tmp_path / "broken" / "log.txt"
+    assert (len(file.read_text().splitlines()) if file.exists() else 0) == before
     run(line + f"--output_dir {tmp_path}/broken --resume auto")
     same_training(tmp_path / "whole", tmp_path / "broken")
 
@@ -186,6 +189,50 @@ def test_resume_auto(data, tmp_path):
     _, text = run(line + f"--resume auto --output_dir {tmp_path}/out")
     assert "passed over checkpoint.pth" in text and "checkpoint_previous.pth" in text
     assert f"step {STEPS} of {STEPS}, is next" in text                  # before the evaluation
+
+
+def test_a_fine_tuning_is_restarted_by_the_same_command(data, tmp_path, monkeypatch):
+    run(SMALL + f"--coco_path {data} --epochs 1 --output_dir {tmp_path}/first")
+    line = (f"--finetune {tmp_path}/first/best.pth --coco_path {data} --output_dir {tmp_path}/tuned --resume auto "
+            "--epochs 1 --log_steps --num_workers 0 --device cpu --batch_size 4")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, 2)
+        run(line)
+    _, text = run(line)
+    assert f"--finetune {tmp_path}/first/best.pth has begun this training, which goes on from" in text
+    assert "resumed from" in text and len(steps(tmp_path / "tuned")) == 4
+
+
+def test_weights_alone_begin_a_training_of_their_own(data, tmp_path):
+    """``best.pth`` has no optimizer: its training's files are set aside, or left alone."""
+    line = SMALL + f"--coco_path {data} --epochs 1 "
+    run(line + f"--output_dir {tmp_path}/out")
+    before = (tmp_path / "out" / "log.txt").read_text()
+    _, text = run(line + f"--resume {tmp_path}/out/best.pth --output_dir {tmp_path}/out")
+    assert "has weights only: training starts at epoch 0" in text and "were moved to" in text
+    assert (tmp_path / "out" / "earlier-1" / "log.txt").read_text() == before
+
+
+def test_a_training_that_was_broken_off_early_is_not_mixed_with_another(data, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, 3)
+        run(line)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, 1)
+        run(line + "--lr 5e-4")
+    assert checkpoint.load(tmp_path / "out" / "earlier-1" / "checkpoint.pth")["position"]["step"] == 3
+    _, text = run(line + "--lr 5e-4 --resume auto")
+    assert "step 1 of 4, is next" in text
+
+
+def test_start_epoch_is_never_ignored(data, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, 2)
+        run(line)
+    _, text = run(line + "--resume auto --start_epoch 0 --epochs 1")
+    assert "epoch 0 is next" in text and [row["step"] for row in steps(tmp_path / "out")] == [0, 1, 2, 3]
 
 
 def test_other_data_is_said(data, tmp_path):
@@ -325,8 +372,12 @@ def test_signals(capsys):
         assert signals.received is None
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM and "SIGTERM: saving after this step" in capsys.readouterr().out
+        signal.raise_signal(signal.SIGTERM)             # launchers pass on what their processes were sent already
+        signal.raise_signal(signal.SIGINT)
+        signals.when -= 2 * signals.AGAIN
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
     with Signals() as signals:
         signals.leave_at_once = "all is saved"
@@ -401,6 +452,115 @@ def test_a_log_that_cannot_be_written(tmp_path, capsys):
     assert [json.loads(line)["epoch"] for line in (tmp_path / "gone" / "log.txt").read_text().splitlines()] == [0, 1]
 
 
+def failing(monkeypatch, method: str, times: list[int]) -> None:
+    """The calls of a method of RunFolder with these numbers, from 0, meet a full disk."""
+    original = getattr(RunFolder, method)
+
+    def call(self, *args):
+        call.count += 1
+        if call.count - 1 in times:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args)
+
+    call.count = 0
+    monkeypatch.setattr(RunFolder, method, call)
+
+
+def test_a_signal_on_a_full_disk(data, tmp_path, monkeypatch):
+    """What was not saved is not called saved."""
+    interrupt_after(monkeypatch, 2)
+    failing(monkeypatch, "save", [0])
+    with pytest.raises(Interrupted, match="NOT SAVED at epoch 0, step 2 of 4, and this run has saved no checkpoint"):
+        run(SMALL + f"--coco_path {data} --output_dir {tmp_path}")
+
+
+def test_best_weights_that_could_not_be_written(data, tmp_path, monkeypatch):
+    """They are the best once more after the next evaluation, where that is no better."""
+    failing(monkeypatch, "export", [0])
+    monkeypatch.setattr(training, "headline", lambda results: ("AP", 0.5))
+    _, text = run(SMALL.replace("--eval_every 2", "--eval_every 1") + f"--coco_path {data} --output_dir {tmp_path}")
+    assert "NOT SAVED" in text and checkpoint.load(tmp_path / "best.pth")["epoch"] == 1
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["best"] == {"name": "AP", "value": 0.5, "epoch": 1}
+
+
+def test_final_weights_that_could_not_be_written(data, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {data} --output_dir {tmp_path} "
+    with monkeypatch.context() as patched:
+        failing(patched, "export", [1])
+        with pytest.raises(OSError, match="training has ended, and final.pth could not be written: make room, and"):
+            run(line)
+    run(line + "--resume auto")
+    assert (tmp_path / "final.pth").exists()
+
+
+def test_predictions_that_cannot_be_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Judge, "save", lambda self: (_ for _ in ()).throw(OSError("disk full")))
+    _, text = run(SMALL + f"--coco_path {data} --output_dir {tmp_path}")
+    assert "NOT SAVED: disk full" in text and (tmp_path / "final.pth").exists()
+
+
+def test_half_a_line(tmp_path, monkeypatch, capsys):
+    """A kill may leave one, which is taken out; a full disk leaves none."""
+    log = logs.Log(tmp_path, False)
+    log.write({"epoch": 0})
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 1, "train_lo')
+    logs.Log(tmp_path, False, 2, {"epoch": 1, "train_loss": 3.0})
+    assert "the last line was cut short, and is taken out" in capsys.readouterr().out
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == \
+        [{"epoch": 0}, {"epoch": 1, "train_loss": 3.0}]
+
+    def half(self, text):
+        self.original.write(text[:5])
+        self.original.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            self.original = open(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.original.close()
+
+        write = half
+
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(logs, "open", Full, raising=False)
+        logs.append(tmp_path / "log.txt", '{"epoch": 2}\n')
+    logs.append(tmp_path / "log.txt", '{"epoch": 2}\n')
+    assert (tmp_path / "log.txt").read_text().count("\n") == 3
+    assert logs.whole_lines(tmp_path / "log.txt")[-1] == '{"epoch": 2}'
+
+
+def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, monkeypatch):
+    """What could be used before can be used afterwards."""
+    line = SMALL + f"--coco_path {data} --output_dir {tmp_path} --ema_decay 0 "
+    write = training.StepLog.write
+
+    def poisoned(self, epoch, step, values):
+        write(self, epoch, step, values)
+        if (epoch, step) == (1, STEPS - 1):
+            model.transformer.decoder.heads.class_embed.weight.data[0, 0] = math.nan
+
+    build = main.build
+    monkeypatch.setattr(training.StepLog, "write", poisoned)
+
+    def built(*args):
+        nonlocal model
+        model, *rest = build(*args)
+        return model, *rest
+
+    model = None
+    monkeypatch.setattr(main, "build", built)
+    with pytest.raises(NonFiniteError, match="weights that are no numbers after epoch 1, step 4: .*class_embed.weight"):
+        run(line)
+    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
+
+
 @pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_a_real_disk_that_is_full(data, tmp_path):
     """One checkpoint has room there, and not a second one beside it."""
@@ -422,7 +582,7 @@ def test_a_real_disk_that_is_full(data, tmp_path):
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
-# main.py, whose process 1 is killed at a step of its first start; and which writes down the first gradient.
+# main.py, whose process 1 is killed at a step of its first start.
 FRAGILE = """
 import os
 import signal
@@ -433,7 +593,6 @@ import main
 import training
 from detr import distributed
 
-write = training.Training.begin_randomness
 train = training.train_one_epoch
 mark = Path(sys.argv.pop(1))
 
@@ -450,6 +609,7 @@ training.picture_of_detections = lambda *_: None
 main.main(main.get_args_parser().parse_args())
 """
 
+# main.py, which writes down its first gradient.
 GRADIENTS = """
 import sys
 import torch
@@ -559,7 +719,7 @@ def test_memory_that_runs_out(data, tmp_path, monkeypatch):
         return len(tried) > 1                                           # the first does not
 
     monkeypatch.setattr(training, "train_one_epoch", too_much)
-    monkeypatch.setattr(training, "fits", fits)
+    monkeypatch.setattr(trial, "fits", fits)
     with pytest.raises(MemoryError) as error:
         run(SMALL.replace("--batch_size 2", "--batch_size 4") + f"--coco_path {data} --output_dir {tmp_path} "
             "--backbone_norm group --bucket_train")
@@ -578,7 +738,7 @@ def test_the_batch_size_that_fits(data, tmp_path, monkeypatch):
     assert "--auto_batch_size: 8 images per process" in text and "accumulation = 8 x 1 x 1 = 8" in text
     run(line + f"--batch_size 8 --output_dir {tmp_path}/typed")
     assert steps(tmp_path / "auto") == steps(tmp_path / "typed")
-    monkeypatch.setattr(training, "auto_batch_size", lambda *args: (_ for _ in ()).throw(RuntimeError("nothing fits")))
+    monkeypatch.setattr(trial, "auto_batch_size", lambda *args: (_ for _ in ()).throw(RuntimeError("nothing fits")))
     with pytest.raises(MemoryError, match="nothing fits"):
         run(line + f"--auto_batch_size --output_dir {tmp_path}/none")
     with pytest.raises(ValueError, match="--auto_batch_size chooses --batch_size: leave one of them out"):
@@ -592,12 +752,12 @@ def test_fewer_processes_go_on(data, tmp_path):
     (tmp_path / "stopped.py").write_text(FRAGILE.replace("os.kill(os.getpid(), signal.SIGKILL)",
                                                          "signal.raise_signal(signal.SIGTERM)"))
     done = torchrun(tmp_path / "stopped.py", tmp_path / "mark", *line)
-    assert done.returncode and "SIGTERM: saved at epoch 1, step 3 of 4: go on with --resume auto" in done.stderr
-    said = io.StringIO()
-    alone(*line)
+    assert done.returncode and done.stdout.count("SIGTERM: saved at epoch 1, step 3 of 4: go on with the same") == 1
+    _, said = run(" ".join(line))
+    assert "random states: 2 processes saved theirs, and 1 go on" in said
     (tmp_path / "never").touch()
     done = torchrun(tmp_path / "stopped.py", tmp_path / "never", *line, "--output_dir", tmp_path / "calm")
-    assert done.returncode == 0, said.getvalue()
+    assert done.returncode == 0, done.stdout + done.stderr
     mine, theirs = steps(tmp_path / "out"), steps(tmp_path / "calm")
     assert [[row[name] for name in ("epoch", "step", "lr")] for row in mine] == \
         [[row[name] for name in ("epoch", "step", "lr")] for row in theirs]

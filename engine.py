@@ -26,6 +26,7 @@ from detr.structures import NonFiniteError, Outputs, Target
 Item = TypeVar("Item")
 Batch = tuple[NestedTensor, list[Target]]
 PREDICTIONS = ("pred_logits", "pred_boxes")
+FILES = 3                                   # steps that failed that a run keeps, each as large as the model
 OVERFLOWS = 4                               # steps in a row that fp16 may leave out, once one went through
 
 
@@ -145,7 +146,7 @@ class Guard:
     def __init__(self, skips: Skips | None = None, folder: Path | None = None,
                  about: Mapping[str, Any] | None = None) -> None:
         self.skips, self.folder, self.about = skips or Skips("stop", 0), folder, dict(about or {})
-        self.history = StepHistory()
+        self.history, self.kept = StepHistory(), 0
         self.doing: dict[str, Any] = {}                 # what is being computed, should memory run out
 
     def may_overflow(self) -> bool:
@@ -165,11 +166,14 @@ class Guard:
         if self.skips.allow():
             say(f"{told}\nthis step is left out ({self.skips.count} of at most {self.skips.at_most}, --skip_at_most)")
             return
-        why = "" if self.skips.policy == "stop" else f"; {self.skips.at_most} steps were left out before (--skip_at_most)"
         before = f"the last steps:\n{self.history.text()}\n" if self.history.rows else ""
-        raise NonFiniteError(f"{told}\n{before}stopped, and the last checkpoint is "
-                             f"unharmed{why}. Try a lower --lr, or look at these images' annotations; --non_finite skip "
-                             f"would leave such steps out")
+        if self.skips.policy == "stop":
+            advice = ("Try a lower --lr, or look at these images' annotations; --non_finite skip would leave such steps "
+                      "out")
+        else:
+            advice = (f"{self.skips.at_most} steps were left out before (--skip_at_most): try a lower --lr, from an "
+                      f"earlier checkpoint, since these weights may be beyond repair")
+        raise NonFiniteError(f"{told}\n{before}stopped; what was saved before is unharmed. {advice}")
 
     def _blame(self, found: Sequence[str], model: nn.Module, criterion: nn.Module, batches: Sequence[Batch],
                states: Sequence[dict[str, Any]], amp: str, device: torch.device, epoch: int, step: int, lr: float,
@@ -190,7 +194,8 @@ class Guard:
         scale_of = "" if scaler is None else f", loss scale {scale:g}"
         lines = [f"{who}{', '.join(found)} at epoch {epoch}, step {step}, images {ids}, learning rate {lr:g}{scale_of}",
                  cause]
-        if self.folder is not None:
+        if self.folder is not None and self.kept < FILES:
+            self.kept += 1
             suffix = f"_process{distributed.rank()}" if distributed.is_distributed() else ""
             path = self.folder / f"non_finite_epoch{epoch}_step{step}{suffix}.pth"
             try:

@@ -329,6 +329,12 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     if settings.run.compile:
         say(f"compiled at their first call: {few(compiled(model, device), 4)}")
     if sharing is None:
+        if not train.global_batch_size:
+            images = max(min(train.lr_batch, len(training)) // distributed.world_size(), 1) * distributed.world_size()
+            say(f"--auto_batch_size: a step has {images} images, as many as the learning rates are for (--lr_batch); "
+                f"--global_batch_size N takes another number")
+            train = dataclasses.replace(train, global_batch_size=images)
+            settings = dataclasses.replace(settings, train=train)
         chosen = chosen_batch_size(trial_of(settings, training, model, criterion, train.amp, device))
         settings = dataclasses.replace(settings, train=dataclasses.replace(train, batch_size=chosen))
         sharing = shared_out(settings)
@@ -519,4 +525,7 @@ if __name__ == "__main__":
     except Interrupted as interrupted:                                 # which was said
         sys.exit(128 + interrupted.signal)
     except (ValueError, OSError, ImportError, MemoryError, NonFiniteError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        text = str(error)
+        if "DataLoader worker process" in text:                         # the worker's own words are the last line
+            text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        sys.exit(f"{type(error).__name__}: {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from detr.trial import Trial, out_of_memory_message
 from engine import Guard, Progress, duration, evaluate, post_process, train_one_epoch
 
 DRAWS = 4096                        # images whose sizes in training are looked at for the largest
+SECONDS_TO_LEAVE = 10
 WRITE_FAILURES = 3                  # checkpoints in a row that could not be written, after which training stops
 
 
@@ -139,9 +141,16 @@ def data_loader(dataset: Any, batches: Any, settings: Settings, device: torch.de
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and preemption reach all processes; a worker that left would break the step that is to be finished."""
-    for name in Signals.NAMES:
-        signal.signal(name, signal.SIG_IGN)
+    """Ctrl-C and preemption reach all processes; a worker that left would break the step that is to be finished. One that
+    is told to leave by its own program, which waits for it, is told by SIGTERM, too: it leaves at the second one, or some
+    seconds after the first."""
+    def leave_soon(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(SECONDS_TO_LEAVE)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, leave_soon)
 
 
 def training_batches(settings: Settings, training: Any, sharing: Sharing,
@@ -179,12 +188,13 @@ class Training:
         train, factor = adjusted(settings.train, sharing.images)
         self.train: TrainConfig = train
         self.ema: AveragedModel | None = moving_average(model, train.ema_decay) if train.ema_decay else None
-        if settings.run.fsdp:                           # the average first: what is shared out cannot be copied
+        if settings.run.fsdp and not distributed.is_distributed():
+            say("--fsdp: there is one process, which keeps the whole model")
+        elif settings.run.fsdp:                         # the average first: what is shared out cannot be copied
             for one in (model, self.ema.module) if self.ema else (model,):
                 parts = sharding.shard(one, [*layers_of(one), *blocks_of_body(one)])
-            if parts:
-                say(f"weights: shared out over {sharing.world_size} processes, {len(parts)} layers and blocks one at a "
-                    f"time (--fsdp)")
+            say(f"weights: shared out over {sharing.world_size} processes, {len(parts)} layers and blocks one at a time "
+                f"(--fsdp)")
         groups = [group | {"lr": group["lr"] * factor} for group in settings.model.parameter_groups(model, train.lr)]
         self.optimizer = make_optimizer(groups, train)
         if factor != 1:
@@ -208,6 +218,7 @@ class Training:
         self.evaluated = (0, 0)
         self.failures: Counter[str] = Counter()                     # in a row, of each file
         self.trained, self.saved = 0.0, time.monotonic()
+        self.rate_before: float | None = None                       # of the checkpoint's next step
         self.written: tuple[int, int] | None = None                 # epoch and step of the last checkpoint of this run
 
     @property
@@ -249,6 +260,9 @@ class Training:
             self._restore(resumed, run.resume)
         self.schedule = learning_rate_schedule(self.optimizer, self.train, self.steps_per_epoch,
                                                self.epoch * self.steps_per_epoch + self.step)
+        was, now = self.rate_before, self.optimizer.param_groups[0]["lr"]
+        if was is not None and self.epoch < self.train.epochs and now != was:
+            say(f"learning rate of the next step: {now:.4g}; the checkpoint's schedule had {was:.4g}")
 
     def _restore(self, resumed: dict[str, Any], source: str) -> None:
         """Learning rate and weight decay are those of the settings, since a typed ``--lr`` is meant."""
@@ -281,7 +295,7 @@ class Training:
                              f"train; give more --epochs, or --eval")
         within = f", step {self.step} of {self.steps_per_epoch}," if self.step else ""
         say(f"resumed from {source}: " + (f"epoch {self.epoch}{within} is next" if self.epoch < self.train.epochs else
-                                          "all epochs were trained"))
+                                          f"all {self.train.epochs} epochs were trained; --epochs N trains on"))
 
     @staticmethod
     def _load(model: nn.Module, state: dict[str, Any], source: str) -> None:
@@ -311,6 +325,7 @@ class Training:
 
     def _restore_optimizer(self, resumed: dict[str, Any], source: str) -> None:
         wanted = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.rate_before = next((group["lr"] for group in resumed["optimizer"]["param_groups"]), None)
         try:
             sharding.load_full_optimizer_state(self.optimizer, resumed["optimizer"])
         except ValueError as error:
@@ -419,9 +434,13 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     train, first = going.train, going.epoch
     wrapped = model
     if distributed.is_distributed() and not sharding.is_sharded(model):
-        statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          broadcast_buffers=statistics)         # the others' never change
+        # Filters of one pixel have strides of several kinds, which costs a copy of a few of them.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if sharing.images > sharing.batch_size and any(isinstance(module, nn.modules.batchnorm._BatchNorm)
+                                                   for module in model.modules()):
+        say(f"batch norm: takes the statistics of each batch of {sharing.batch_size} images, so gradients depend on how "
+            f"the {sharing.images} of a step are shared out; --backbone_norm group does not")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if first < train.epochs:
         say(f"parameters that train: {parameters}; epochs {first} to {train.epochs - 1} of {batches.steps} steps; "

@@ -87,11 +87,19 @@ def build_model(
 
 
 def load(path_or_url: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Detector:
-    """The model in a checkpoint with all that belongs to it, ready to use; see ``detr.loading.load``.
+    """The model in a checkpoint with all that belongs to it, ready to use on ``device``.
 
-        detector = detr.load("outputs/tiny_detr/best.pth")
+    The file is one that main.py wrote (``.pth`` or ``.safetensors``), which says all by itself; or it has weights alone,
+    as published, and is taken as the preset ``model``, by default ``detr_resnet50`` where its shapes fit. Reading it runs
+    no code. Raises FileNotFoundError, or ValueError for a file that is damaged, holds code or does not fit.
+
+        detector = detr.load("outputs/tiny_deformable_detr/best.pth")
         for found in detector(["a.jpg", "b.jpg"], threshold=0.5):
-            print(found["names"], found["boxes"])
+            print(found["names"], found["scores"], found["boxes"])      # boxes: left, top, right, bottom in pixels
+
+    Images are paths, PIL images, uint8 arrays ``[H, W, C]`` or tensors ``[C, H, W]``, one or a list; without a
+    ``threshold`` every query's detection comes back. ``detector.card`` has the scores, ``detector.names`` the classes;
+    more in ``detr.loading.Detector``.
     """
     from .loading import load
     return load(path_or_url, device, model)

@@ -37,7 +37,7 @@ class StepLog:
     """``steps.txt`` with one JSON object a line an optimizer step. What is there of steps that are done again goes."""
 
     def __init__(self, folder: Path, epoch: int, step: int) -> None:
-        self.file = folder / "steps.txt"
+        self.file, self.missing = folder / "steps.txt", 0
         if self.file.exists():
             rows = [line for line in whole_lines(self.file)
                     if (row := json.loads(line))["epoch"] < epoch or row["epoch"] == epoch and row["step"] < step]
@@ -51,7 +51,13 @@ class StepLog:
         try:
             append(self.file, json.dumps(row) + "\n")
         except OSError as error:
-            say(f"cannot write {self.file}: {error}; step {step} of epoch {epoch} is missing there")
+            if not self.missing:
+                say(f"cannot write {self.file}: {error}; steps from step {step} of epoch {epoch} on are missing there")
+            self.missing += 1
+            return
+        if self.missing:
+            say(f"{self.file}: {self.missing} steps are missing")
+            self.missing = 0
 
 
 class Log:

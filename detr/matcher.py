@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -93,7 +94,12 @@ def check_labels(targets: Sequence[Target], num_classes: int) -> None:
 
 def blame_non_finite(outputs: Outputs, targets: Sequence[Target]) -> None:
     """Raise a ``NonFiniteError`` that names the tensors and images whose values are not numbers."""
-    found = [f"{name} of image {i}" for name in ("pred_logits", "pred_boxes") for i, x in enumerate(outputs[name])
-             if not x.isfinite().all()]
-    found += [f"target boxes of image {i}" for i, t in enumerate(targets) if not t["boxes"].isfinite().all()]
+    tensors: dict[str, Any] = {"pred_logits": outputs["pred_logits"], "pred_boxes": outputs["pred_boxes"],
+                               "target boxes": [target["boxes"] for target in targets]}
+    found = []
+    for name, of_images in tensors.items():
+        bad = [i for i, x in enumerate(of_images) if not x.isfinite().all()]
+        if bad:
+            alone = f"image {bad[0]}" if len(bad) == 1 else f"images {', '.join(map(str, bad))}"
+            found.append(f"{name} of {alone if len(bad) < len(of_images) or len(bad) < 3 else f'all {len(bad)} images'}")
     raise NonFiniteError("not finite: " + (", ".join(found) or "the matching cost"))

@@ -12,6 +12,8 @@ TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_precision(amp: str, device: torch.device) -> str:
     """``auto`` -> ``bf16`` where the device computes in it fast, else ``off``; said."""
+    if amp == "fp16" and device.type == "cpu":
+        say("--amp fp16: processors compute slowly in it; bf16 is what they may be fast in")
     if amp != "auto":
         return amp
     if device.type == "cpu":

@@ -127,7 +127,9 @@ def as_picture(image: str | Path | Image.Image | np.ndarray | Tensor, channels: 
         planes, wanted = (image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)), f"[height, width, {channels}]"
     fitting = (1, 3) if channels in (1, 3) else (channels,)
     if image.dtype not in (np.uint8, torch.uint8) or planes.ndim != 3 or 0 in image.shape or len(planes) not in fitting:
-        raise ValueError(f"a picture is {image.dtype} {list(image.shape)}, but uint8 {wanted}, 0 to 255, is needed")
+        raise ValueError(f"a picture is {image.dtype} {list(image.shape)}, but uint8 {wanted}, 0 to 255, is needed: "
+                         f"numbers from 0 to 1 times 255, arrays with channels last, tensors with channels first, no "
+                         f"alpha; several as a list")
     planes = torch.as_tensor(np.ascontiguousarray(planes) if isinstance(planes, np.ndarray) else planes.cpu())
     if channels not in (1, 3):
         return planes

@@ -72,8 +72,12 @@ class RunFolder:
         ``epoch``, and under ``card`` a dict with ``metrics`` (names as in ``log.txt``, without ``test_``), and whatever
         else is to be told of it, such as ``revision``, ``data`` and ``date``. Files that cannot be read are called so.
         """
-        blocks = [self._block(path) for path in self._files()]
-        text = f"Checkpoints in {self.folder}, as of {_when(time.time())}\n\n" + "\n".join(blocks)
+        files = self._files()
+        blocks = [self._block(path) for path in files]
+        best = next((path.name for path in files if path.stem in EXPORTS), None)
+        lines = [f"Checkpoints in {self.folder}, as of {_when(time.time())}"]
+        lines += [f"to use the model: {best}"] * bool(best) + [f"to train on: {NEWEST}, by --resume auto"]
+        text = "\n".join([*lines, "", *blocks])
         path = self.folder / CARD
         checkpoint.write_whole(path, lambda file: file.write(text.encode()))
         return path

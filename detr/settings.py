@@ -259,8 +259,7 @@ def refuse_other_optimizer(settings: Settings) -> None:
     if was_sgd != sgd:
         was, now, remedy = ("SGD", "AdamW", "add --sgd") if was_sgd else ("AdamW", "SGD", "leave --sgd out")
         raise ValueError(f"{source} was trained with {was}, whose state means nothing to {now}: {remedy}; or begin anew "
-                         f"with its weights alone: torch.save({{'model': torch.load({source!r})['model']}}, FILE) and "
-                         f"--resume FILE")
+                         f"with weights alone: --resume the best.pth or final.pth beside it, with another --output_dir")
 
 
 def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:

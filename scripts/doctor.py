@@ -460,7 +460,8 @@ def prepare(report: Report, settings: Settings, training: Any, validation: Any, 
         report.ok("model", text)
         report.detail(said.getvalue())
     else:
-        report.note("model", f"{text}; the backbone is random here, and main.py would begin with fetched weights:\n{why}")
+        report.note("model", f"{text}; the backbone is random here; main.py begins with weights that it fetches first, "
+                             f"and stops where there is no network. This program fetches nothing:\n{why}")
     if run.fsdp:
         report.note("fsdp", "not looked at: --fsdp shares weights out over processes, and here is one, with all of them")
     room(report, settings, model)

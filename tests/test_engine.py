@@ -158,7 +158,7 @@ def test_predictions_that_are_no_numbers():
     model, criterion, _ = build_small("detr_resnet50")
     nn.init.constant_(model.class_embed.weight, math.nan)
     truth = [target | {"image_id": torch.tensor([70 + i])} for i, target in enumerate(targets(2, 1))]
-    with pytest.raises(NonFiniteError, match=r"not finite: pred_logits of image 0, pred_logits of image 1 at epoch 3, "
+    with pytest.raises(NonFiniteError, match=r"not finite: pred_logits of images 0, 1 at epoch 3, "
                                              r"step 0, images \[70, 71\]"):
         train([(nested_tensor_from_tensor_list(images((64, 64), (60, 50))), truth)], model, criterion)
     assert all(p.isfinite().all() for name, p in model.named_parameters() if "class_embed" not in name)

@@ -48,7 +48,7 @@ def test_stop(where, said, data, tmp_path, monkeypatch, capsys):  # noqa: F811
     text = str(error.value)
     assert re.search(said, text), text
     assert re.search(rf"at epoch 0, step \d, images \[.*{POISONED}.*\], learning rate", text), text
-    assert "stopped, and the last checkpoint is unharmed" in text and "--non_finite skip would" in text
+    assert "stopped; what was saved before is unharmed" in text and "--non_finite skip would" in text
     file, = (tmp_path / "out").glob("non_finite_epoch0_step*.pth")
     assert f"python scripts/replay.py {file}" in text
     monkeypatch.setattr(sys, "argv", ["replay.py", str(file)])

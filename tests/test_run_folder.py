@@ -271,6 +271,7 @@ def test_the_page(tmp_path):
     page = run.card().read_text()
     again = RunFolder(tmp_path / "my run").card().read_text()                   # what it reads is what it remembers
     assert page.splitlines()[1:] == again.splitlines()[1:] and "as of" in page.splitlines()[0]
+    assert page.splitlines()[1:3] == ["to use the model: best.pth", "to train on: checkpoint.pth, by --resume auto"]
     blocks = {block.splitlines()[0]: block for block in page.split("\n\n")[1:]}
     assert list(blocks) == ["checkpoint.pth", "checkpoint_previous.pth", "best.pth", "best.safetensors", "final.pth"]
     newest, best = blocks["checkpoint.pth"], blocks["best.pth"]

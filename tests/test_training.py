@@ -169,7 +169,7 @@ def test_what_is_finished(data, tmp_path):
     results, _ = run(line)
     (tmp_path / "final.pth").unlink()                                   # as if it was killed before it was written
     again, text = run(line + "--resume auto")
-    assert "all epochs were trained" in text and again == results
+    assert "all 1 epochs were trained; --epochs N trains on" in text and again == results
     final, newest = (checkpoint.load(tmp_path / name)["model"] for name in ("final.pth", "checkpoint.pth"))
     assert unequal(final, newest) == []
     with pytest.raises(ValueError, match="nothing is left to train; give more --epochs"):
@@ -734,6 +734,9 @@ def test_the_batch_size_that_fits(data, tmp_path, monkeypatch):
     """Found by trying, divides what is asked for, and leaves no trace in the training."""
     line = (SMALL.replace("--batch_size 2 --global_batch_size 4", "--global_batch_size 8")
             + f"--coco_path {data} --backbone_norm group --epochs 1 ")
+    _, text = run(line.replace("--global_batch_size 8", "--lr_batch 8 --lr_rule sqrt")
+                  + f"--auto_batch_size --output_dir {tmp_path}/rule")
+    assert "a step has 8 images, as many as the learning rates are for (--lr_batch)" in text
     _, text = run(line + f"--auto_batch_size --output_dir {tmp_path}/auto")
     assert "--auto_batch_size: 8 images per process" in text and "accumulation = 8 x 1 x 1 = 8" in text
     run(line + f"--batch_size 8 --output_dir {tmp_path}/typed")

@@ -474,7 +474,7 @@ def test_the_last_drop_that_has_an_effect():
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("was, flag, message", [
     (torch.optim.AdamW, "--sgd", "was trained with AdamW, whose state means nothing to SGD: leave --sgd out; or begin "
-     "anew with its weights alone: torch.save({'model': torch.load("),
+     "anew with weights alone: --resume the best.pth or final.pth beside it, with another --output_dir"),
     (torch.optim.SGD, "--no_sgd", "was trained with SGD, whose state means nothing to AdamW: add --sgd; or begin anew")])
 def test_the_state_of_another_optimizer(tmp_path, known, was, flag, message):
     """Whether or not the file says how it was trained."""
@@ -489,7 +489,9 @@ def test_the_state_of_another_optimizer(tmp_path, known, was, flag, message):
     assert str(error.value).startswith(f"{file} {message}")
     other = {"--sgd": "--no_sgd", "--no_sgd": "--sgd"}[flag]
     assert settle(f"--model tiny_detr --resume {file} {other}").train.sgd == (other == "--sgd")
-    assert settle(f"--model tiny_detr --resume {file} {flag} --eval").run.eval                  # takes the weights alone
+    assert settle(f"--model tiny_detr --resume {file} --eval").run.eval                         # takes the weights alone
+    with pytest.raises(ValueError, match="--sgd has no effect with --eval"):
+        settle(f"--model tiny_detr --resume {file} {flag} --eval")
     checkpoint.save(file, {**state, "epoch": 0})
     assert settle(f"--model tiny_detr --resume {file} {flag}").train.sgd == (flag == "--sgd")   # a new optimizer
 
@@ -888,7 +890,7 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert aside | {"notes.txt": b"mine"} == first
     shutil.copytree(tmp_path / "out" / "earlier-1", tmp_path / "other")
     _, text = run(line + f"--resume {tmp_path}/other/checkpoint.pth --epochs 2")            # another training's folder
-    assert f"moved to {tmp_path}/out/earlier-3" in text and [row["epoch"] for row in log(tmp_path / "out")] == [1]
+    assert f"moved to {tmp_path}/out/earlier-3" in text and [row["epoch"] for row in log(tmp_path / "out")] == [0, 1]
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------

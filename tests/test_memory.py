@@ -466,7 +466,7 @@ def test_advice_under_a_simulated_cap():
         step_with(SETTINGS, limit)
     assert memory.out_of_memory(error.value)
     text = advice([4, 3, 160, 160], 8, SETTINGS, fits=fits)
-    assert "Each of these fits, tried on this batch" in text
+    assert "With each of these the largest batch of this data fits, tried" in text
     # Bfloat16 alone would take 0.7 of the memory, and is not named; nor is what changes nothing for images of one size.
     assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == [
         "--batch_size 2 --global_batch_size 4", "--activation_checkpointing", "--image_size 600 --max_size 999"]

@@ -399,6 +399,7 @@ def shared_out(settings: Settings) -> Sharing:
 
 
 def sharing_in_words(sharing: Sharing) -> str:
+    """What the first line says of the images of a step."""
     return (f"images per process x processes x accumulation = {sharing.batch_size} x {sharing.world_size} x "
             f"{sharing.accumulate} = {sharing.images}")
 

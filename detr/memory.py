@@ -192,6 +192,7 @@ def blocks_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 
 
 def listed(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
@@ -439,6 +440,7 @@ def status(field: str) -> int:
 
 
 def gigabytes(count: float) -> str:
+    """Bytes in words."""
     return f"{count / 1e9:.2f} GB"
 
 

@@ -1,10 +1,13 @@
 """What chance will do to a training image, known before the image is read."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.random import fork_rng
@@ -25,8 +28,9 @@ class Draw(NamedTuple):
 
 
 class Drawn(Dataset):
-    """``dataset`` by ``Draw`` in place of an index: what transforms draw follows from the draw's seed alone, in whichever
-    process they run. Nobody else's randomness changes: torch's global generator is left as it was."""
+    """``dataset`` by ``Draw`` in place of an index: what transforms draw, from PyTorch's, NumPy's or Python's global
+    generator, follows from the draw's seed alone, in whichever process they run. Nobody else's randomness changes: these
+    generators are left as they were."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -35,7 +39,7 @@ class Drawn(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
-        with fork_rng(devices=[]):
+        with _left_alone():
             _seed(draw.seed)
             return self.dataset[draw.image]
 
@@ -52,7 +56,7 @@ def drawn_sizes(transforms: v2.Compose, sizes: Sequence[Size], seeds: Sequence[i
         raise ValueError(f"the training transforms {transforms} have no ToTensor, up to which --bucket_train runs them "
                          f"to know the sizes of images; make them with datasets.transforms, or leave --bucket_train out")
     drawn = []
-    with fork_rng(devices=[]):
+    with _left_alone():
         for (height, width), seed in zip(sizes, seeds):
             _seed(seed)
             image: Any = SizeOnly(height, width)
@@ -104,5 +108,19 @@ class SizeOnly(Image.Image):
         return SizeOnly(bottom - top, right - left)
 
 
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """The global generators are afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)           # torch.manual_seed would seed those of GPUs, too
+    random.seed(seed)
+    np.random.seed(seed)

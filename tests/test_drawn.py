@@ -193,3 +193,24 @@ def test_steps_that_cannot_be_run_on_sizes_are_refused():
     behind = v2.Compose([*TRANSFORMS["no crop"].transforms, v2.ColorJitter(0.5)])
     assert drawn_sizes(behind, SIZES, range(len(SIZES))) == drawn_sizes(TRANSFORMS["no crop"], SIZES, range(len(SIZES)))
     assert drawn_sizes(behind, [], []) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_numpys_and_pythons_generators_follow_from_the_draw_too(workers):
+    """Data sets from Python may draw from any of them; those of the program are left as they were."""
+    class Chance(Dataset):
+        def __getitem__(self, i):
+            return i, float(torch.rand(())), random.random(), float(np.random.rand())
+
+    draws = [Draw(1, 7), Draw(2, 7), Draw(1, 8)]
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), float(np.random.rand())
+    random.seed(0)
+    np.random.seed(0)
+    loader = DataLoader(Drawn(Chance()), batch_sampler=[[draw] for draw in draws * 2], collate_fn=list,
+                        num_workers=workers)
+    items = [item for item, in loader]
+    assert items[:3] == items[3:] and items[0][1:] == items[1][1:]
+    assert not set(items[0][1:]) & set(items[2][1:]) and len(set(items[0][1:])) == 3
+    assert (random.random(), float(np.random.rand())) == expected

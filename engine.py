@@ -162,7 +162,8 @@ class Guard:
         only to be left out; else raises a ``NonFiniteError`` that says why."""
         report = self._blame(found, model, criterion, batches, states, amp, device, epoch, step, lr, scaler)
         reports = [text for text in distributed.gather_objects(report) if text]
-        told = "\n".join(reports)
+        certain = [text for text in reports if diagnosis.NOT_FOUND not in text]         # a gradient is everybody's
+        told = "\n".join(certain or reports)
         if self.skips.allow():
             say(f"{told}\nthis step is left out ({self.skips.count} of at most {self.skips.at_most}, --skip_at_most)")
             return

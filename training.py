@@ -51,7 +51,8 @@ WRITE_FAILURES = 3                  # checkpoints in a row that could not be wri
 
 
 class Interrupted(Exception):
-    """Somebody asked the program to leave, and what was done is saved; ``signal`` is the number of the signal."""
+    """Somebody asked the program to leave, by the signal of number ``signal``; the message, which was said, names what is
+    saved."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

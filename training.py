@@ -209,7 +209,8 @@ class Training:
         self.scaler = make_scaler(device, self.amp)
         self.guard = Guard(Skips(train.non_finite, train.skip_at_most), folder,
                            {**settings.as_dict(), **{name: about.get(name) for name in ("num_classes", "class_weights")}})
-        self.collapse = CollapseWatch()
+        self.collapse, self.signals = CollapseWatch(), Signals()
+        self.steps: StepLog | None = None                           # in the main process, with --log_steps
         self.epoch, self.step = 0, 0                    # the next step
         self.random: list[dict[str, Any]] | None = None             # of each process, before that step
         self.progress: dict[str, Any] | None = None                 # of the epoch, where it has begun
@@ -261,6 +262,8 @@ class Training:
             self._restore(resumed, run.resume)
         self.schedule = learning_rate_schedule(self.optimizer, self.train, self.steps_per_epoch,
                                                self.epoch * self.steps_per_epoch + self.step)
+        if run.log_steps and distributed.is_main():
+            self.steps = StepLog(self.files.folder, self.epoch, self.step)
         was, now = self.rate_before, self.optimizer.param_groups[0]["lr"]
         if was is not None and self.epoch < self.train.epochs and now != was:
             say(f"learning rate of the next step: {now:.4g}; the checkpoint's schedule had {was:.4g}")
@@ -421,7 +424,6 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
         preprocessing: Preprocessing, folder: Path, device: torch.device, sharing: Sharing,
         held: Sequence[nn.Module] = ()) -> dict[str, Any]:
     """Train epoch by epoch; after each, evaluate, log and save. ``held`` are frozen parts."""
-    run = settings.run
     batches, loader = training_batches(settings, training, sharing, device)
     about = {"config": settings.as_dict(), "categories": [category._asdict() for category in training.categories],
              "num_classes": training.num_classes, "preprocessing": preprocessing.as_dict(),
@@ -433,73 +435,19 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     if settings.resumed is not None:
         settings.resumed.clear()                        # four times the model, for days
     train, first = going.train, going.epoch
-    wrapped = model
-    if distributed.is_distributed() and not sharding.is_sharded(model):
-        # Filters of one pixel have strides of several kinds, which costs a copy of a few of them.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if sharing.images > sharing.batch_size and any(isinstance(module, nn.modules.batchnorm._BatchNorm)
-                                                   for module in model.modules()):
-        say(f"batch norm: takes the statistics of each batch of {sharing.batch_size} images, so gradients depend on how "
-            f"the {sharing.images} of a step are shared out; --backbone_norm group does not")
+    wrapped = in_parallel(model, sharing, device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if first < train.epochs:
         say(f"parameters that train: {parameters}; epochs {first} to {train.epochs - 1} of {batches.steps} steps; "
             f"output: {folder}")
-    log = Log(folder, run.tensorboard, going.epoch, going.row)
-    steps = StepLog(folder, going.epoch, going.step) if run.log_steps and distributed.is_main() else None
+    log = Log(folder, settings.run.tensorboard, going.epoch, going.row)
     results: dict[str, Any] = dict(going.metrics) if first >= train.epochs else {}
-    with Signals() as signals:
+    with going.signals:
         for epoch in range(first, train.epochs):
-            start, before = time.perf_counter(), going.trained
-            progress = Progress(f"epoch {epoch}", run.print_every, train.epochs - 1 - epoch, done=going.step)
-            if going.progress is not None:
-                progress.load_state_dict(going.progress)
-
-            def after_step(step: int, values: Mapping[str, float], progress: Progress = progress,
-                           start: float = start, before: float = before) -> None:
-                if going.ema is not None and values:
-                    going.ema.update_parameters(model)
-                if steps is not None:
-                    steps.write(going.epoch, step, values)
-                going.step, going.progress = step + 1, progress.state_dict()
-                going.trained = before + time.perf_counter() - start
-                due = run.save_every_minutes > 0 and time.monotonic() - going.saved >= 60 * run.save_every_minutes
-                stop, save = distributed.any_of(signals.received is not None, due and distributed.is_main())
-                if stop or save and going.step < batches.steps:
-                    going.save()
-                if stop:
-                    leave(signals, going, folder)
-
-            going.begin_randomness()
-            if going.step < batches.steps:
-                batches.set_epoch(epoch, going.step)
-                ran_out = False
-                try:
-                    train_one_epoch(wrapped, criterion, loader, batches.steps, going.optimizer, going.schedule, device,
-                                    epoch, first_step=going.step, accumulate=sharing.accumulate,
-                                    max_norm=train.clip_max_norm, amp=going.amp, scaler=going.scaler, held=held,
-                                    guard=going.guard, collapse=going.collapse, after_step=after_step,
-                                    progress=progress)
-                except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    ran_out = True                      # the error holds on to what was computed, until here
-                if ran_out:
-                    trial = trial_of(settings, training, model, criterion, going.amp, device, going.optimizer)
-                    raise MemoryError(out_of_memory_message(going.guard.doing, trial))
-            averages, results = progress.averages(), {}
-            last = epoch + 1 == train.epochs
+            averages = train_epoch(going, wrapped, criterion, batches, loader, training)
             share_statistics(going.scored)
-            evaluated = last or (epoch + 1) % train.eval_every == 0
-            if evaluated:
-                going.save()                            # now nothing is lost if evaluation is broken off
-                if distributed.any_of(signals.received is not None)[0]:
-                    leave(signals, going, folder)
-                if going.written == (going.epoch, going.step):
-                    signals.leave_at_once = goodbye(going, folder)
-                results = evaluated_by(judge, sharding.whole(going.scored), f"evaluation {epoch}")
-                signals.leave_at_once = None
+            evaluated = epoch + 1 == train.epochs or (epoch + 1) % train.eval_every == 0
+            results = evaluate_epoch(going, judge) if evaluated else {}
             if collapsed := next(filter(None, distributed.gather_objects(going.collapse.verdict())), None):
                 say(collapsed)
             going.finish_epoch(averages, results, parameters)
@@ -507,8 +455,8 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
                 log.write(going.row)
             if evaluated:
                 going.try_to_write(judge.save, "results.json", needed=False)
-            if distributed.any_of(signals.received is not None)[0]:
-                leave(signals, going, folder)
+            if distributed.any_of(going.signals.received is not None)[0]:
+                leave(going)
     say(f"trained for {duration(going.trained)}, all runs together, without evaluation")
     usable, scored = going.usable(), sharding.whole(going.scored)
     if not going.try_to_write(lambda: going.files.export("final", usable), "final.pth", needed=False):
@@ -521,16 +469,77 @@ def fit(settings: Settings, training: Any, model: nn.Module, criterion: nn.Modul
     return results
 
 
-def evaluated_by(judge: Judge, model: nn.Module, title: str) -> dict[str, Any]:
-    """``judge(model)``, with a message of its own where memory runs out."""
+def in_parallel(model: nn.Module, sharing: Sharing, device: torch.device) -> nn.Module:
+    """``model`` as several processes train it; one that is alone, or whose weights are shared out, as it is."""
+    if sharing.images > sharing.batch_size and any(isinstance(module, nn.modules.batchnorm._BatchNorm)
+                                                   for module in model.modules()):
+        say(f"batch norm: takes the statistics of each batch of {sharing.batch_size} images, so gradients depend on how "
+            f"the {sharing.images} of a step are shared out; --backbone_norm group does not")
+    if not distributed.is_distributed() or sharding.is_sharded(model):
+        return model
+    # Filters of one pixel have strides of several kinds, which costs a copy of a few of them.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def train_epoch(going: Training, wrapped: nn.Module, criterion: nn.Module, batches: RandomBatches, loader: DataLoader,
+                training: Any) -> dict[str, float]:
+    """The steps of the epoch that are left, with checkpoints in between, and the averages of all of them."""
+    run, train, epoch = going.settings.run, going.train, going.epoch
+    start, before = time.perf_counter(), going.trained
+    progress = Progress(f"epoch {epoch}", run.print_every, train.epochs - 1 - epoch, done=going.step)
+    if going.progress is not None:
+        progress.load_state_dict(going.progress)
+
+    def after_step(step: int, values: Mapping[str, float]) -> None:
+        if going.ema is not None and values:
+            going.ema.update_parameters(going.model)
+        if going.steps is not None:
+            going.steps.write(epoch, step, values)
+        going.step, going.progress = step + 1, progress.state_dict()
+        going.trained = before + time.perf_counter() - start
+        due = run.save_every_minutes > 0 and time.monotonic() - going.saved >= 60 * run.save_every_minutes
+        stop, save = distributed.any_of(going.signals.received is not None, due and distributed.is_main())
+        if stop or save and going.step < batches.steps:
+            going.save()
+        if stop:
+            leave(going)
+
+    going.begin_randomness()
+    if going.step == batches.steps:                     # its evaluation was broken off
+        return progress.averages()
+    batches.set_epoch(epoch, going.step)
     try:
-        return judge(model, title)
+        return train_one_epoch(wrapped, criterion, loader, batches.steps, going.optimizer, going.schedule, going.device,
+                               epoch, first_step=going.step, accumulate=going.sharing.accumulate,
+                               max_norm=train.clip_max_norm, amp=going.amp, scaler=going.scaler, held=going.held,
+                               guard=going.guard, collapse=going.collapse, after_step=after_step, progress=progress)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Out here, where nothing holds on to what was computed any more.
+    trial = trial_of(going.settings, training, going.model, criterion, going.amp, going.device, going.optimizer)
+    raise MemoryError(out_of_memory_message(going.guard.doing, trial))
+
+
+def evaluate_epoch(going: Training, judge: Judge) -> dict[str, Any]:
+    """What the judge says after an epoch. All is saved before, so that a signal in between may leave at once."""
+    going.save()
+    if distributed.any_of(going.signals.received is not None)[0]:
+        leave(going)
+    if going.written == (going.epoch, going.step):
+        going.signals.leave_at_once = goodbye(going)
+    title = f"evaluation {going.epoch}"
+    try:
+        return judge(sharding.whole(going.scored), title)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise MemoryError(f"out of memory in {title}, which computes as many images at once as --batch_size says: give "
-                          f"less, with --global_batch_size for the same steps, or smaller images (--image_size); all "
-                          f"that was trained is saved") from None
+                          f"less, with --global_batch_size for the same steps, or smaller images (--image_size); what "
+                          f"was saved before is unharmed") from None
+    finally:
+        going.signals.leave_at_once = None
 
 
 def fed_sizes(training: Any) -> list[tuple[int, int]]:
@@ -548,9 +557,9 @@ def trial_of(settings: Settings, training: Any, model: nn.Module, criterion: nn.
                  "off" if amp == "auto" else amp, device, optimizer)
 
 
-def goodbye(going: Training, folder: Path) -> str:
+def goodbye(going: Training) -> str:
     """The last line of a training that leaves before its end."""
-    again = f"the same command with --resume auto --output_dir {folder}"
+    again = f"the same command with --resume auto --output_dir {going.files.folder}"
     place = f"epoch {going.epoch}, step {going.step} of {going.steps_per_epoch}"
     if going.written == (going.epoch, going.step):
         return f"saved at {place}: go on with {again}"
@@ -559,10 +568,10 @@ def goodbye(going: Training, folder: Path) -> str:
     return f"NOT SAVED at {place}, and {there}: make room, and go on with {again}"
 
 
-def leave(signals: Signals, going: Training, folder: Path) -> None:
+def leave(going: Training) -> None:
     """Raise ``Interrupted``, after a checkpoint was saved, or could not be."""
     going.try_to_write(going.files.card, "checkpoints.txt", needed=False)
-    number, message = signals.received or signal.SIGTERM, goodbye(going, folder)
+    number, message = going.signals.received or signal.SIGTERM, goodbye(going)
     say(f"{signal.Signals(number).name}: {message}")
     raise Interrupted(message, number)
 

@@ -26,6 +26,7 @@ from datasets.transforms import Preprocessing, describe, eval_transforms, make_t
 from detr import checkpoint, config, distributed, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
+from detr.architectures.proposal_detr import ProposalDETRConfig
 from detr.backbone import (
     Backbone,
     backbone_of,
@@ -68,6 +69,7 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
      ("with_box_refine", "two_stage", "query_content", "num_feature_levels", "enc_n_points", "dec_n_points",
       "position_embedding_scale", "cls_loss_coef", "focal_alpha", "lr_backbone_names", "lr_linear_proj_names",
       "lr_linear_proj_mult")),
+    ("models with proposals", ProposalDETRConfig, ("box_prior",)),
 ]
 
 # What a training leaves in its folder.

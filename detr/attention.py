@@ -25,10 +25,12 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                attn_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+                attn_mask: Tensor | None = None, need_weights: bool = False,
+                prior: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``query [B, Q, D]``, ``key`` and ``value [B, S, D]``; ``key_padding_mask`` bool ``[B, S]``, True on padding;
-        ``attn_mask`` bool ``[Q, S]``, True where a query may not look. Returns the output ``[B, Q, D]`` and the weights
-        ``[B, Q, S]``, averaged over heads and before dropout, or None where nobody asked for them.
+        ``attn_mask`` bool ``[Q, S]``, True where a query may not look; ``prior [B, Q, S]``, added to the scores of all
+        heads before the softmax. Returns the output ``[B, Q, D]`` and the weights ``[B, Q, S]``, averaged over heads and
+        before dropout, or None where nobody asked for them.
 
         A query that may look nowhere (a row that is all padding) gets zeros, not NaN.
         """
@@ -40,22 +42,37 @@ class MultiheadAttention(nn.Module):
             allowed = ~key_padding_mask[:, None, None, :]
         if attn_mask is not None:
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
-        out = self.out_proj(self._attend(q, k, v, allowed).transpose(1, 2).flatten(2))
-        return out, self._weights(q, k, allowed) if need_weights or self._forward_hooks else None
+        added = None if prior is None else prior[:, None]
+        out = self.out_proj(self._attend(q, k, v, _one_mask(allowed, added)).transpose(1, 2).flatten(2))
+        return out, self._weights(q, k, allowed, added) if need_weights or self._forward_hooks else None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if q.device.type != "cpu" or q.dtype == torch.float64:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=_of_type(mask, q.dtype), dropout_p=dropout)
         # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=allowed, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout)
         return out.to(q.dtype)
 
     @staticmethod
-    def _weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
         scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                # [B, M, Q, S]
+        if added is not None:
+            scores = scores + added
         if allowed is None:
             return scores.softmax(-1).mean(1)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
         return weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).mean(1)
+
+
+def _one_mask(allowed: Tensor | None, added: Tensor | None) -> Tensor | None:
+    """What fused attention takes: where a query may look, what is added to its scores, or both in one. Rows that may look
+    nowhere are left zero, which keeps them finite."""
+    if allowed is None or added is None:
+        return allowed if added is None else added
+    return added.masked_fill(~allowed, float("-inf"))
+
+
+def _of_type(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)

@@ -44,6 +44,7 @@ class DenseAttention:
     query: Tensor           # [M, Q, D / M] projected
     key: Tensor             # [M, S, D / M] projected
     mask: Tensor            # [S] bool, True on padding
+    prior: Tensor | None    # [Q, S] added to the scores, where boxes tell queries where to look
     grid: Size              # of the map with its padding: S cells, row by row
     shape: Size             # of what is not padding
 
@@ -51,16 +52,18 @@ class DenseAttention:
     def weights(self) -> Tensor:
         """``[M, Q, H, W]``, without padding, whose weights are zero: each head's sum to one (Vaswani et al., 2017,
         equation 1)."""
-        return self._weights(self.query)
+        return self._weights(slice(None))
 
     def heat(self, query: int, head: int | None = None, level: int | None = None) -> Tensor:
         """The weights of one query ``[H, W]``, of one head or averaged over heads. There is one ``level``, 0."""
         check("query", query, self.query.shape[1])
         check("level", level, 1)
-        return of_head(self._weights(self.query[:, query, None])[:, 0], head)
+        return of_head(self._weights([query])[:, 0], head)
 
-    def _weights(self, query: Tensor) -> Tensor:
-        scores = (query / query.shape[-1] ** 0.5) @ self.key.mT
+    def _weights(self, queries: slice | list[int]) -> Tensor:
+        scores = (self.query[:, queries] / self.query.shape[-1] ** 0.5) @ self.key.mT
+        if self.prior is not None:
+            scores = scores + self.prior[queries]
         weights = scores.masked_fill(self.mask, float("-inf")).softmax(-1)
         return weights.unflatten(-1, self.grid)[..., :self.shape[0], :self.shape[1]]
 
@@ -232,7 +235,7 @@ def watching(detr: Any, encoder: bool) -> Iterator[Seen]:
 def watch_weights(attention: MultiheadAttention, call: dict[str, Any]) -> list[Any]:
     """Keep what dense attention is called with. A hook that ran after it would make it compute weights."""
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        call.update(query=args[0], key=args[1], mask=kwargs["key_padding_mask"])
+        call.update(query=args[0], key=args[1], mask=kwargs["key_padding_mask"], prior=kwargs.get("prior"))
 
     return [attention.register_forward_pre_hook(before, with_kwargs=True)]
 
@@ -258,7 +261,8 @@ def dense_attention(attention: MultiheadAttention, call: dict[str, Any], index: 
                   for x, weight, bias in zip((call["query"], call["key"]), attention.in_proj_weight.chunk(3),
                                              attention.in_proj_bias.chunk(3)))
     mask = call["mask"][index].cpu()
-    return DenseAttention(query, key, mask, grid, extent(mask.unflatten(0, grid), f"the map of image {index}"))
+    prior = None if call["prior"] is None else full(call["prior"][index])
+    return DenseAttention(query, key, mask, prior, grid, extent(mask.unflatten(0, grid), f"the map of image {index}"))
 
 
 def deformable_attention(call: dict[str, Any], index: int, size: Size) -> DeformableAttention:

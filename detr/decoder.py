@@ -25,17 +25,18 @@ class TransformerDecoderLayer(nn.Module):
         self.residual = pre_norm if normalize_before else post_norm
 
     def forward(self, content: Tensor, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor,
-                query_mask: Tensor | None = None) -> Tensor:
+                query_mask: Tensor | None = None, prior: Tensor | None = None) -> Tensor:
         """``content`` and ``query_position [B, Q, D]``; ``memory [B, S, D]``, and ``memory_key``, the same with its
         positions added; ``mask [B, S]`` True on padding; ``query_mask [B, Q]`` True on queries that are none
-        and that the others must not see. Returns the new content ``[B, Q, D]``."""
+        and that the others must not see; ``prior [B, Q, S]``, added to the scores of the image. Returns the new content
+        ``[B, Q, D]``."""
         def look_at_each_other(x: Tensor) -> Tensor:
             q = x + query_position
             return self.dropout(self.self_attn(q, q, x, key_padding_mask=query_mask)[0])
 
         def look_at_the_image(x: Tensor) -> Tensor:
             q = x + query_position
-            return self.dropout(self.multihead_attn(q, memory_key, memory, key_padding_mask=mask)[0])
+            return self.dropout(self.multihead_attn(q, memory_key, memory, key_padding_mask=mask, prior=prior)[0])
 
         content = self.residual(content, look_at_each_other, self.norm1)
         content = self.residual(content, look_at_the_image, self.norm2)

@@ -86,16 +86,6 @@ class DETRsegm(nn.Module):
         return outputs
 
 
-def box_prior(boxes: Tensor, places: Tensor) -> Tensor:
-    """Where an object is, as far as its box tells: the logarithm of a Gaussian around the centre of each box with half of
-    the box's sides as deviations (after Gao et al., 2021, "Fast convergence of DETR with spatially modulated
-    co-attention", section 3.2). ``boxes [B, Q, 4]`` and ``places [B, 2, S]``, both in fractions of the image, places as x
-    and y -> ``[B, Q, S]``, without gradient."""
-    centre, sides = boxes.detach().float()[..., None].split(2, dim=-2)                          # [B, Q, 2, 1]
-    away = (places[:, None] - centre) / (sides / 2).clamp(min=1e-3)
-    return away.square().sum(-2) * -0.5
-
-
 class MHAttentionMap(nn.Module):
     """Where each query looks, head by head: attention weights without values.
 

@@ -64,8 +64,8 @@ PRESETS: dict[str, Preset] = {
     # Ours, for a CPU: learns from random weights.
     "tiny_detr": Preset(
         ProposalDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
-                           padding="exact", enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4,
-                           dropout=0.0, num_queries=30),
+                           padding="exact", box_prior=True, enc_layers=1, dec_layers=2, dim_feedforward=256,
+                           hidden_dim=128, nheads=4, dropout=0.0, num_queries=30),
         TrainConfig(lr=2e-3, batch_size=16, epochs=11, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                     amp="auto", eval_every=4, loss_normalizer="global"),
         DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")),

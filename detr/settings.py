@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,14 +93,24 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
             say(f"changed since {source}: {', '.join(changed)}")
         if part == "model":
             of_model = tuple(changed)
-        if part == "model" and before and "padding" not in before:
-            old["padding"] = "legacy"                                   # all there was when that checkpoint was written
+        if part == "model" and before:
+            old = once(base) | old
         parts[part] = config.replace(base, old | new)
     parts["model"] = fitting_norm(parts["model"], typed)
     settings = Settings(name, resumed=resumed, frozen=frozen, begun=begun,
                         categories=class_table(known) if begun is None else None, changed=of_model, **parts)
     refuse_what_is_not_there(settings, typed, given)
     return settings
+
+
+def once(model: ModelConfig) -> dict[str, Any]:
+    """What models were before these settings were there, for checkpoints that are silent about them."""
+    return {name: value for name, value in (("padding", "legacy"), ("box_prior", False)) if hasattr(model, name)}
+
+
+def as_it_was(name: str, remembered: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a preset's model as a checkpoint remembers it."""
+    return config.replace(PRESETS[name].model, once(PRESETS[name].model) | dict(remembered))
 
 
 # What of a data configuration says where data is and what it is, and not how images become a model's input.

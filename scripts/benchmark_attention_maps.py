@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset
 from datasets.coco import CocoDetection
-from detr import config
 from detr.attention_maps import Explanation, explain
 from detr.boxes import box_cxcywh_to_xyxy, box_iou
 from detr.loading import Detector, at_least, load
 from detr.preprocessing import height_width
-from detr.presets import PRESETS
+from detr.settings import as_it_was
 
 SCORE, IOU = 0.5, 0.5
 SYNTHETIC = Path(__file__).resolve().parent.parent / "data" / "synthetic"
@@ -55,8 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def untrained(detector: Detector) -> nn.Module:
     """The detector's model as it was built, with random weights and statistics."""
     torch.manual_seed(0)
-    built = config.replace(PRESETS[detector.name].model, detector.config["model"])
-    return built.build(detector.num_classes)[0].eval()
+    return as_it_was(detector.name, detector.config["model"]).build(detector.num_classes)[0].eval()
 
 
 def mass_inside(heat: Tensor, box_xyxy: Tensor) -> float:

@@ -19,9 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from detr import checkpoint, config
+from detr import checkpoint
 from detr.diagnosis import NOT_FOUND, StepHistory, replay
 from detr.presets import PRESETS
+from detr.settings import as_it_was
 
 PARTS = ("model", "config", "images", "mask", "targets", "random_state", "where")
 
@@ -41,7 +42,7 @@ def build(settings: dict[str, Any], file: str) -> tuple[Any, Any]:
     if settings["name"] not in PRESETS:
         raise ValueError(f"{file} has a model of the preset {settings['name']}, which this version does not know; use "
                          f"the version that wrote it")
-    model_config = config.replace(PRESETS[settings["name"]].model, settings["model"])
+    model_config = as_it_was(settings["name"], settings["model"])
     model, criterion, _ = model_config.build(settings["num_classes"])
     if settings.get("class_weights") is not None:
         criterion.weigh_classes(settings["class_weights"])

@@ -96,6 +96,29 @@ def test_gradient_of_output_and_weights_numerically():
     assert torch.autograd.gradcheck(lambda *x: ours(*x, key_padding_mask=padding, need_weights=True), (q, k, v))
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_prior_is_added_to_the_scores_of_all_heads(dtype, atol):
+    """As PyTorch's attention takes a mask of numbers for each head; and what is padding stays out."""
+    exact, reference = pair()
+    ours, _ = pair(dtype)
+    q, k, v = inputs()
+    prior = torch.randn(B, Q, S, dtype=torch.float64) * 3
+    mask = prior.masked_fill(PADDING[:, None], float("-inf")).repeat_interleave(M, 0)
+    expected, expected_weights = reference(q, k, v, attn_mask=mask)
+    for module, tensors in ((exact, (q, k, v)), (ours, (q.to(dtype), k.to(dtype), v.to(dtype)))):
+        out, weights = module(*tensors, PADDING, need_weights=True, prior=prior.float() if module is ours else prior)
+        assert out.dtype == tensors[0].dtype
+        bound = atol if module is ours else 1e-12
+        torch.testing.assert_close(out.double(), expected, atol=max(bound, 1e-5 * (module is ours)), rtol=0)
+        torch.testing.assert_close(weights.double(), expected_weights, atol=max(bound, 1e-5 * (module is ours)), rtol=0)
+    assert (exact(q, k, v, PADDING)[0] - expected).abs().max() > 0.1            # it does matter
+    alone = exact(q, k, v, prior=prior)[0]                                      # without padding, too
+    torch.testing.assert_close(alone, reference(q, k, v, attn_mask=prior.repeat_interleave(M, 0))[0], atol=1e-12, rtol=0)
+    blind = PADDING | (torch.arange(B) == 1)[:, None]                           # of an image that is all padding: zeros
+    out, weights = exact(q, k, v, blind, prior=prior, need_weights=True)
+    assert torch.equal(out[1], exact.out_proj.bias.expand(Q, D)) and (weights[1] == 0).all()
+
+
 def test_weights_only_where_somebody_asks():
     ours, _ = pair(torch.float32)
     q, k, v = inputs(torch.float32)

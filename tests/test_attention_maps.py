@@ -92,6 +92,13 @@ def test_dense_weights_are_those_of_pytorchs_attention(name, padding):
         for attention, (module, (args, kwargs)) in zip((*seen.encoder, *seen.decoder), called.items()):
             reference = nn.MultiheadAttention(module.embed_dim, module.num_heads, batch_first=True).double().eval()
             reference.load_state_dict(module.state_dict())
+            kwargs = dict(kwargs)
+            prior = kwargs.pop("prior", None)
+            assert (prior is not None) == (name == "tiny_detr" and any(attention is one for one in seen.decoder))
+            if prior is not None:                                       # PyTorch takes it as a mask for each head
+                kwargs["attn_mask"] = prior.double().repeat_interleave(module.num_heads, 0)
+                kwargs["key_padding_mask"] = torch.zeros(prior.shape[::2]).double().masked_fill(
+                    kwargs["key_padding_mask"], float("-inf"))
             expected = reference(*args, **kwargs, average_attn_weights=False)[1][index].unflatten(-1, attention.grid)
             (height, width), weights = attention.shape, attention.weights
             torch.testing.assert_close(weights, expected[..., :height, :width], atol=1e-12, rtol=0)
@@ -223,7 +230,7 @@ def test_heat_of_a_query_that_is_like_one_cell():
     keys = torch.eye(12).expand(2, -1, -1)                                                  # a cell of 3 x 4 each
     query = torch.stack([keys[0, 7], keys[0, 9]])[:, None] * 40                             # of two heads
     padding = torch.tensor([[False, False, False, True]] * 3).flatten()
-    attention = DenseAttention(query, keys, padding, (3, 4), (3, 3))
+    attention = DenseAttention(query, keys, padding, None, (3, 4), (3, 3))
     assert attention.heat(0, 1).shape == (3, 3) and attention.heat(0, 1)[2, 1] > 0.99
     torch.testing.assert_close(attention.heat(0, 0), torch.full((3, 3), 1 / 9))             # its cell is padding
     torch.testing.assert_close(attention.heat(0).sum(), torch.tensor(1.0))

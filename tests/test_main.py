@@ -63,6 +63,7 @@ NEW = [
     ("least_scale", float, 0.6), ("bucket_train", bool, False), ("bucket_eval", bool, True), ("cache_mode", bool, False),
     ("cls_loss_coef", float, 2), ("focal_alpha", float, 0.25),
     ("with_box_refine", bool, False), ("two_stage", bool, False), ("query_content", str, "position"),
+    ("box_prior", bool, False),
     ("num_feature_levels", int, 4),
     ("enc_n_points", int, 4), ("dec_n_points", int, 4), ("position_embedding_scale", float, 2 * math.pi),
     ("lr_backbone_names", tuple[str, ...], ("backbone.0",)),

@@ -1,15 +1,19 @@
 """Backbones, padding and batches from the command line."""
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from small_data import make_rectangles
+from small_models import NUM_CLASSES, build_small, small_flags
 from test_main import SMALL, log, parse, run, settle
 
+import detr
 import main
-from detr import checkpoint
+from detr import checkpoint, config
 from detr.backbone import backbone_of, resnet
+from detr.presets import PRESETS
 from scripts import batch_invariance, benchmark_padding
 
 MIXED = SMALL.replace("--image_size 64", "--image_size 48 --multi_scale --least_scale 0.5")
@@ -141,6 +145,22 @@ def test_a_checkpoint_of_before_is_legacy(trained, tmp_path):
         del state["config"]["model"][name]
     checkpoint.save(tmp_path / "old.pth", state)
     assert settle(f"--resume {tmp_path}/old.pth --eval").model.padding == "legacy"
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_before_looks_where_it_likes(tmp_path):
+    """tiny_detr without box prior does so still with weights of that time."""
+    model, _, _ = build_small("tiny_detr", box_prior=False)
+    remembered = dataclasses.asdict(config.replace(PRESETS["tiny_detr"].model, small_flags("tiny_detr")))
+    checkpoint.save(tmp_path / "old.pth", {"model": model.state_dict(), "num_classes": NUM_CLASSES, "config": {
+        "name": "tiny_detr", "model": {k: v for k, v in remembered.items() if k != "box_prior"}}})
+    assert PRESETS["tiny_detr"].model.box_prior
+    assert not settle(f"--resume {tmp_path}/old.pth --eval").model.box_prior
+    loaded, image = detr.load(tmp_path / "old.pth").model, torch.rand(3, 64, 96)
+    before = model.eval()([image])["pred_logits"]
+    assert torch.equal(loaded([image])["pred_logits"], before)
+    loaded.transformer.decoder.prior = True                             # which would not be the same
+    assert (loaded([image])["pred_logits"] - before).abs().max() > 1e-4
 
 
 def test_a_checkpoint_remembers_its_padding(trained, capsys):

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from small_models import build_small, images, targets
 
-from detr.mask_head import MaskHeadSmallConv, MHAttentionMap, box_prior
+from detr.boxes import box_prior
+from detr.mask_head import MaskHeadSmallConv, MHAttentionMap
 
 B, Q, D, M, H, W = 2, 3, 16, 4, 2, 5
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import build_backbone, channels
+from ..boxes import box_prior
 from ..config import MaskConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
 from ..encoder import DeformableTransformerEncoder
 from ..feature_levels import build_input_proj, flatten_levels, level_of, project
 from ..losses import FocalLabelLoss, box_loss, cardinality_error, mask_loss
-from ..mask_head import DETRsegm, Intermediates, box_prior
+from ..mask_head import DETRsegm, Intermediates
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import build_backbone, channels
-from ..boxes import refine_relative
+from ..boxes import box_prior, refine_relative
 from ..config import ModelConfig, flag, shown
 from ..decoder import TransformerDecoderLayer
 from ..encoder import TransformerEncoder
@@ -40,6 +40,8 @@ class ProposalDETRConfig(ModelConfig):
     set_cost_class: float = flag(2, "class weight in the matching cost")
     cls_loss_coef: float = flag(2, "weight of the focal class loss")
     focal_alpha: float = flag(0.25, "weight of objects against background in the focal loss")
+    box_prior: bool = flag(False, "queries look around their boxes: the decoder's attention to the image is weighted "
+                                  "by a Gaussian of each query's box (Gao et al., 2021)")
 
     def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
@@ -50,7 +52,7 @@ class ProposalDETRConfig(ModelConfig):
         position = build_position_encoding(self.position_embedding, self.hidden_dim)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout)
         transformer = ProposalTransformer(layer, self.enc_layers, self.dec_layers, num_classes, self.num_queries,
-                                          fine_channels=channels(backbone)[0])
+                                          fine_channels=channels(backbone)[0], prior=self.box_prior)
         model = ProposalDETR(nn.Sequential(backbone, position), transformer, self.aux_loss)
         matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
                                    partial(focal_class_cost, alpha=self.focal_alpha))
@@ -61,6 +63,14 @@ class ProposalDETRConfig(ModelConfig):
         """The weight of each loss, of the last decoder layer, the earlier ones, and the proposals."""
         weights = {"loss_ce": self.cls_loss_coef, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
         return every_row(weights, self.dec_layers, self.aux_loss, proposals=True)
+
+
+def centres(mask: Tensor) -> Tensor:
+    """``mask [B, H, W]``, True on padding -> the centres of its cells ``[B, H * W, 2]`` (x, y) as fractions of the valid
+    part."""
+    valid = (~mask).float()
+    y, x = ((valid.cumsum(d) - 0.5) / valid.sum(d, keepdim=True).clamp(min=1) for d in (1, 2))
+    return torch.stack([x, y], dim=-1).flatten(1, 2)
 
 
 class Heads(nn.Module):
@@ -98,10 +108,7 @@ class Proposals(nn.Module):
 
     def anchors(self, mask: Tensor) -> Tensor:
         """``mask [B, H, W]``, True on padding -> boxes ``[B, H * W, 4]``: centres as fractions of the valid part."""
-        valid = (~mask).float()
-        y, x = ((valid.cumsum(d) - 0.5) / valid.sum(d, keepdim=True).clamp(min=1) for d in (1, 2))
-        side = torch.full_like(x, self.SIDE)
-        return torch.stack([x, y, side, side], dim=-1).flatten(1, 2)
+        return F.pad(centres(mask), (0, 2), value=self.SIDE)
 
     @staticmethod
     def above(memory: NestedTensor, fine: NestedTensor) -> Tensor:
@@ -136,10 +143,15 @@ class Proposals(nn.Module):
 
 
 class ProposalDecoder(nn.Module):
-    """Decoder layers, each of which refines the boxes that its queries refer to."""
+    """Decoder layers, each of which refines the boxes that its queries refer to.
 
-    def __init__(self, layer: tuple[int, int, int, float], num_layers: int, num_classes: int) -> None:
+    With ``prior``, queries look around their boxes (Gao et al., 2021, section 3.2). Without, nothing makes them: their
+    content is a proposal of the place that they are about, and small models learn to look elsewhere, at the rest.
+    """
+
+    def __init__(self, layer: tuple[int, int, int, float], num_layers: int, num_classes: int, prior: bool) -> None:
         super().__init__()
+        self.prior = prior
         d_model = layer[0]
         self.layers = nn.ModuleList(TransformerDecoderLayer(*layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -147,13 +159,15 @@ class ProposalDecoder(nn.Module):
         self.heads = Heads(d_model, num_classes)
 
     def forward(self, content: Tensor, reference: Tensor, query_mask: Tensor, memory: Tensor, memory_key: Tensor,
-                mask: Tensor) -> list[Outputs]:
+                mask: Tensor, centres: Tensor) -> list[Outputs]:
         """Queries' content ``[B, Q, D]``, boxes ``[B, Q, 4]`` and which of them are none ``[B, Q]``; tokens
-        ``[B, S, D]``, with positions added as keys, and their padding -> what each layer says."""
+        ``[B, S, D]``, with positions added as keys, their padding, and their centres ``[B, S, 2]`` as fractions of the
+        image -> what each layer says."""
         layers: list[Outputs] = []
         for layer in self.layers:
             position = self.position(encode_boxes(reference, content.shape[-1] // 2).to(content.dtype))
-            content = layer(content, position, memory, memory_key, mask, query_mask)
+            prior = box_prior(reference, centres.mT) if self.prior else None
+            content = layer(content, position, memory, memory_key, mask, query_mask, prior)
             logits, delta = self.heads(self.norm(content))
             boxes = refine_relative(reference, delta)
             layers.append({"pred_logits": logits.masked_fill(query_mask[..., None], Proposals.INVALID),
@@ -166,12 +180,12 @@ class ProposalTransformer(nn.Module):
     """Encoder, proposals, decoder."""
 
     def __init__(self, layer: tuple[int, int, int, float], enc_layers: int, dec_layers: int, num_classes: int,
-                 num_queries: int, fine_channels: int) -> None:
+                 num_queries: int, fine_channels: int, prior: bool) -> None:
         super().__init__()
         self.d_model = layer[0]
         self.encoder = TransformerEncoder(enc_layers, *layer)
         self.proposals = Proposals(self.d_model, fine_channels, num_classes, num_queries)
-        self.decoder = ProposalDecoder(layer, dec_layers, num_classes)
+        self.decoder = ProposalDecoder(layer, dec_layers, num_classes, prior)
         for parameter in [*self.encoder.parameters(), *self.decoder.layers.parameters()]:
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -183,7 +197,7 @@ class ProposalTransformer(nn.Module):
         memory = self.encoder(tokens, padding, position)
         above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes)
         proposals, content, boxes, query_mask = self.proposals(above, fine)
-        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding)
+        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding, centres(src.mask))
         return layers, proposals
 
 

@@ -14,8 +14,8 @@ LEVELS = [
     {"backbone", "feature_levels", "encoder", "decoder", "object_queries", "two_stage", "denoising", "prediction_heads",
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},
-    {"presets", "attention_maps", "visualize"},
-    {"settings", "logs"},
+    {"presets", "attention_maps", "visualize", "tensor_view"},
+    {"settings", "logs", "attention_pictures"},
     {"loading", "trial"},
     {"__init__"},                                                               # see everything below
 ]

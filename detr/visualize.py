@@ -40,9 +40,16 @@ Masks = Tensor | Sequence[Rle]
 
 # Colours, letters, pictures.
 
+SAFE: tuple[Colour, ...] = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (240, 228, 66),
+                            (204, 121, 167))
+"""Seven colours that people who see fewer colours tell apart, too (Okabe and Ito, 2008)."""
+
+
 def class_colour(label: int) -> Colour:
-    """RGB of a class, the same in every picture. Steps of the golden ratio around the colour wheel keep near labels far
-    apart; every eight labels the shade changes too."""
+    """RGB of a class, the same in every picture. Seven are safe for all eyes. Of the others, steps of the golden ratio
+    around the colour wheel keep near labels far apart, and every eight labels the shade changes too."""
+    if label < len(SAFE):
+        return SAFE[label]
     saturation, value = ((0.8, 1.0), (0.5, 0.95), (0.95, 0.75))[label // 8 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * 0.6180340) % 1, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -224,7 +231,7 @@ def as_array(mask: Tensor | Rle) -> np.ndarray:
 def thing_colour(label: int, number: int) -> Colour:
     """RGB of thing ``number`` of its class, counted from 0: the class's, then others of nearly its hue."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in class_colour(label)))
-    hue += 0.14 * ((0.5 + number * 0.6180340) % 1 - 0.5)
+    hue += 0.16 * ((0.5 + number * 0.6180340) % 1 - 0.5)
     red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value * (1, 0.62, 0.85, 0.72)[number % 4])
     return round(red * 255), round(green * 255), round(blue * 255)
 

@@ -1,4 +1,5 @@
 """What the pictures show: colours, boxes and captions at their places; curves from logs as they come."""
+import colorsys
 import io
 import json
 import math
@@ -69,7 +70,25 @@ def test_colours_are_stable_and_distinct():
     assert colours == [class_colour(label) for label in range(91)] and len(set(colours)) == 91
     first = np.array(colours[:8])
     distances = np.abs(first[:, None] - first).sum(-1)[~np.eye(8, dtype=bool)]
-    assert distances.min() > 100
+    assert distances.min() > 80
+
+
+# Machado, Oliveira and Fernandes, 2009: how linear RGB looks to eyes without red or green cones.
+PROTANOPIA = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                       [-0.003882, -0.048116, 1.051998]])
+DEUTERANOPIA = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                         [-0.011820, 0.042940, 0.968881]])
+
+
+@pytest.mark.parametrize("eyes", [PROTANOPIA, DEUTERANOPIA])
+def test_the_first_colours_differ_for_eyes_that_see_fewer(eyes):
+    def least(colours) -> float:
+        linear = (np.array(colours) / 255) ** 2.2
+        seen = ((linear @ eyes.T).clip(0, 1) ** (1 / 2.2)) * 255
+        return np.abs(seen[:, None] - seen).sum(-1)[~np.eye(len(colours), dtype=bool)].min()
+
+    wheel = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.58 + i * 0.618034) % 1, 0.8, 1.0)) for i in range(7)]
+    assert least([class_colour(label) for label in range(7)]) > 60 > 30 > least(wheel)
 
 
 def test_captions_contrast():

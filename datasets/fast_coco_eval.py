@@ -32,6 +32,14 @@ class Found(NamedTuple):
         """The masks as run-length codes."""
         return ({"size": self.size, "counts": counts} for counts in self.counts or ())
 
+    def of_classes(self, category_ids: Sequence[int]) -> Found:
+        """Those of these classes alone."""
+        kept = np.isin(self.category_ids, category_ids)
+        if kept.all():
+            return self
+        return Found(self.category_ids[kept], self.boxes_xywh[kept], self.scores[kept],
+                     self.counts and [code for code, keep in zip(self.counts, kept.tolist()) if keep], self.size)
+
     def rows(self, image_id: int, kinds: Sequence[str]) -> list[dict[str, Any]]:
         """COCO's result format, with boxes for the kind "bbox" and masks for "segm"."""
         rows: list[dict[str, Any]] = [{"image_id": image_id, "category_id": id} for id in self.category_ids.tolist()]
@@ -122,8 +130,9 @@ def _ground_truth(hotcoco: Any, coco: COCO, params: Any, kind: str) -> Any:
 
 
 def _results(truth: Any, seen: Mapping[int, Found], params: Any, kind: str) -> Any:
-    """The predictions as rows of image, box, score and class; masks beside them."""
-    found = [seen[image_id] for image_id in params.imgIds]
+    """The predictions as rows of image, box, score and class; masks beside them. A class that the ground truth's file
+    does not list is not judged."""
+    found = [seen[image_id].of_classes(params.catIds) for image_id in params.imgIds]
     ends = np.cumsum([0, *(len(one.scores) for one in found)])
     rows = np.empty((ends[-1], 7))
     codes: list[Rle] = []

@@ -108,6 +108,8 @@ CASES = {
     "more than 100 of a class": ([(1, 1, A), (1, 2, A)], [(1, 1, [k, 0, 9, 9], 1 - k / 512) for k in range(160)]
                                  + [(1, 1, A, 0.5), (1, 2, A, 0.1)] + [(1, 1, A, 0.9)]),
     "an object of a class that is not in the table": ([(1, 9, A), (1, 1, B)], [(1, 1, B, 0.9)]),
+    "predictions of classes that are not in the table": (
+        [(1, 3, A), (1, 7, B)], [(1, 2, A, 0.9), (1, 3, B, 0.5), (1, 9, A, 0.8), (1, 7, B, 0.7), (3, 0, A, 0.6)]),
     "classes without objects": ([(1, 2, A)], [(1, 1, A, 0.9), (1, 3, A, 0.8), (3, 2, A, 0.7)]),
     "only a crowd": ([(1, 1, A, {"iscrowd": 1})], [(1, 1, A, 0.9), (1, 1, B, 0.8)]),
     "no objects": ([], [(1, 1, A, 0.9)]),
@@ -128,6 +130,14 @@ def test_a_case_of_its_own(case):
     for image_ids in ([1], [3, 7], [7]):                                            # a part of the images
         assert_identical(by_the_fast_one(data, results, image_ids=image_ids),
                          by_pycocotools(data, results, image_ids=image_ids))
+
+
+def test_masks_of_classes_that_are_not_in_the_table():
+    code = [rle.encode(np.asfortranarray(np.pad(np.ones((9, 9), np.uint8), ((k, 111 - k), (0, 151))))) for k in (0, 30)]
+    first, second = ({"size": list(c["size"]), "counts": c["counts"].decode()} for c in code)
+    data = truth([1], [1, 2], [(1, 2, [0, 30, 9, 9], {"segmentation": second})])
+    results = found((1, 9, second, 0.9), (1, 1, second, 0.8), (1, 2, second, 0.7), (1, 0, first, 0.6))
+    assert_identical(by_the_fast_one(data, results, "segm"), by_pycocotools(data, results, "segm"))
 
 
 @pytest.mark.parametrize("images, categories", [

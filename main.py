@@ -20,6 +20,7 @@ from datasets.check import HowFar, check
 from datasets.coco import CocoDetection
 from datasets.examination import counted, few
 from datasets.formats import coco_layout, recognise
+from datasets.report import write_report
 from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import Preprocessing, describe, eval_transforms, make_transforms
@@ -74,7 +75,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
 
 # What a training leaves in its folder.
 OUTPUTS = ("checkpoint*.pth", "checkpoints.txt", "best.*", "final.*", "non_finite*.pth", "log.txt", "steps.txt",
-           "curves.png", "detections.png", "batch.png", "results*.json", "panoptic*", "eval", "tensorboard")
+           "curves.png", "detections.png", "batch.png", "results*.json", "report.html", "panoptic*", "eval",
+           "tensorboard")
 
 
 # Flags that say where the weights of a training come from, which has begun with them once it goes on.
@@ -367,9 +369,9 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         results = judge(model, "evaluation")
         judge.save()
         files = ["results.json", *["results_masks.json"] * masks, *["panoptic.json"] * (masks and panoptic),
-                 "eval/latest.pth"]
+                 "eval/latest.pth", *["report.html"] * report(settings, judge, results, device)]
         say("saved: " + ", ".join(str(folder / file) for file in files) if folder else
-            "nothing was saved; --output_dir DIR would keep the predictions as json")
+            "nothing was saved; --output_dir DIR would keep the predictions as json, and a report")
         return results
     crowded = [n for n in map(len, training.labels_of_images()) if n > settings.model.num_queries]
     if crowded and (given or panoptic):                             # of other data check_data has said it
@@ -382,6 +384,25 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         pictures.save(folder / "batch.png")
         say(f"picture of the training images: {folder / 'batch.png'}")
     return fit(settings, training, model, criterion, judge, preprocessing, folder, device, sharing, held)
+
+
+def report(settings: Settings, judge: Judge, results: dict[str, Any], device: torch.device) -> bool:
+    """Write an evaluation's ``report.html`` into its folder, in the main process. Where that cannot be done it is said;
+    the numbers have been printed before. Returns whether the report is there."""
+    if judge.folder is None or not distributed.is_main():
+        return False
+    run, data = settings.run, settings.data
+    about = {"model": settings.name, "weights": run.resume or "random",
+             "data": data.data or data.coco_path or judge.validation.image_folder,
+             "settings": f"--batch_size {settings.train.batch_size}, --padding {settings.model.padding}, --coco_eval "
+                         f"{run.coco_eval}; float32 on {device}; torch {torch.__version__}"}
+    try:
+        write_report(judge.folder / "report.html", judge.evaluators[0], results, judge.validation, visualize.viewable,
+                     about)
+    except OSError as error:
+        say(f"NOT SAVED: {error}")
+        return False
+    return True
 
 
 def compiled(model: nn.Module, device: torch.device) -> list[str]:

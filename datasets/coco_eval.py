@@ -125,6 +125,11 @@ class CocoEvaluator:
         scored = self._score() if is_main() else None
         return gather_objects(scored)[0]
 
+    @property
+    def found(self) -> Mapping[int, Found] | None:
+        """All processes' predictions by image id, in the order of ids; None before ``summarize``."""
+        return self._everything
+
     def save_results(self, path: str | Path) -> None:
         """Write the results as json that pycocotools' ``loadRes`` reads, in the main process: the boxes to ``path``, and
         masks beside it, to ``..._masks.json``. A file appears whole or not at all."""

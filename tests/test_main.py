@@ -798,7 +798,7 @@ def test_evaluation_of_the_checkpoint_gives_the_same_numbers(trained, data, tmp_
     assert results == trained.results                                           # losses and classes, too
     assert "model: tiny_detr" in text and "changed since" not in text
     assert (tmp_path / "eval" / "results.json").read_bytes() == (trained.folder / "results.json").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["eval", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["eval", "report.html", "results.json"]
     assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
 
 

@@ -395,7 +395,7 @@ class Training:
         epoch = self.epoch
         self.row = {**{f"train_{name}": value for name, value in averages.items()},
                     **{f"test_{name}": value for name, value in results.items()}, "epoch": epoch,
-                    "n_parameters": parameters}
+                    "seconds": round(self.trained, 1), "n_parameters": parameters}
         self.epoch, self.step, self.progress = epoch + 1, 0, None
         self.begin_randomness()
         if results:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import checkpoint, config
+from .attention_maps import Explanation, explain
 from .backbone import backbone_of, statistics
 from .coco_classes import COCO_PANOPTIC, published_classes
 from .distributed import say
@@ -19,6 +22,7 @@ from .panoptic import PanopticPrediction
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Picture, Preprocessing, as_picture, height_width, normalisation
 from .settings import Settings, classes_that_fit, decide
 from .structures import Category, Detections, Outputs
+from .tiles import in_tiles, selected
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 """What a detector takes for an image; see ``preprocessing.as_picture``."""
@@ -68,28 +72,75 @@ class Detector(nn.Module):
         return backbone_of(self.model).exact
 
     @torch.no_grad()
-    def forward(self, images: AnyImage | Sequence[AnyImage], threshold: float = 0.0,
-                batch_size: int = 1) -> list[NamedDetections]:
+    def predict(self, images: AnyImage | Sequence[AnyImage], threshold: float = 0.0, batch_size: int = 1,
+                classes: str | int | Sequence[str | int] | None = None, nms: float | None = None,
+                one_label_per_query: bool = False, tile: int | None = None, overlap: float = 0.2,
+                whole: bool = False) -> list[NamedDetections]:
         """What is on one image, or on each of several: paths, PIL images, uint8 arrays ``[H, W, C]`` or tensors
-        ``[C, H, W]`` in RGB.
+        ``[C, H, W]`` in RGB. Calling the detector does the same.
 
         Returns for each image a dict, on the CPU, of the detections with a score of at least ``threshold``: ``scores``
         [n], ``labels`` [n], ``names``, ``boxes`` [n, 4] as corners (left, top, right, bottom) in its pixels, not clipped;
         of mask models ``masks``, a COCO run-length code each, whose making takes most of the time where ``threshold`` is
         low. Detections of labels that the data does not use are left out, as in evaluation. ``batch_size`` images are
-        padded to one size and go through the model together. Raises ValueError where the outputs are not finite.
+        padded to one size and go through the model together. With nothing else chosen, detections are evaluation's.
+
+        ``classes``: names or labels of those to keep. ``nms``: of boxes of one class that overlap with more than this IoU
+        the best is kept; DETR needs none by design. ``one_label_per_query``: of each query its best class alone; models
+        that score each class by itself may name several.
+
+        ``tile``: the image goes through the model in squares of so many pixels, ``batch_size`` at a time, which overlap
+        by ``overlap`` of their side, and what several of them see of one object is one detection; see ``detr.tiles``. It
+        is for images much larger than what the model was trained on, with objects small against a tile; a tile is
+        resized as an image is. ``whole`` adds the whole image as one more tile, for objects that are not small. Of
+        panoptic models ``nms`` and ``tile`` are refused: ground and sky are no objects to join or to count.
+
+        Raises ValueError for arguments that cannot be, naming them, and where the outputs are not finite.
         """
         several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) else list(images)
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}: at least 1 is needed")
-        found: list[NamedDetections] = []
-        for start in range(0, len(several), batch_size):
-            batch = several[start:start + batch_size]
-            seen = self.look([as_picture(image, self.channels) for image in batch])
-            self.check_finite(seen, [str(image) if isinstance(image, (str, Path)) else f"image {place}"
-                                     for place, image in enumerate(batch, start)])
-            found += [self._named(one) for one in self.detections(seen, threshold)]
-        return found
+        self._check(threshold, batch_size, nms, tile, overlap, whole)
+        used, kept = set(self.names), self._labels(classes)
+        found: list[Detections] = []
+
+        def choose(one: Detections) -> Detections:
+            one = of_labels(one, used)
+            one = best_of_queries(one) if one_label_per_query else one
+            return finish(one) if tile is None else one
+
+        def finish(one: Detections) -> Detections:
+            one = of_labels(one, kept)
+            return one if nms is None else suppressed(one, nms)
+
+        def detect(names: Sequence[str], batch: Sequence[Picture]) -> list[Detections]:
+            seen = self.look(batch)
+            self.check_finite(seen, names if tile is None else [names[0]] * len(batch))        # tiles are of one image
+            return self.detections(seen, threshold, choose)
+
+        together = batch_size if tile is None else 1
+        for start in range(0, len(several), together):
+            batch = several[start:start + together]
+            names = [str(image) if isinstance(image, (str, Path)) else f"image {place}"
+                     for place, image in enumerate(batch, start)]
+            pictures = [as_picture(image, self.channels) for image in batch]
+            if tile is None:
+                found += detect(names, pictures)
+            else:
+                of_tiles = functools.partial(detect, names)
+                found.append(finish(in_tiles(pictures[0], of_tiles, tile, overlap, batch_size, whole)))
+        return [self._named(one) for one in found]
+
+    forward = predict
+
+    def explain(self, image: AnyImage, encoder: bool = True) -> Explanation:
+        """Where the model looks in one image, of any kind that ``predict`` takes: its attention, layer by layer, and how
+        its boxes move; see ``detr.attention_maps``. Pixels are those of the image, a file's turned upright. Without
+        ``encoder`` its attention is left out, which takes most of the memory.
+
+        ``explanation.outputs`` are the model's, from which ``postprocessors["bbox"]`` makes detections that know their
+        queries.
+        """
+        picture = as_picture(image, self.channels)
+        return explain(self.model, self.preprocessing(picture), height_width(picture), encoder=encoder)
 
     @torch.no_grad()
     def look(self, images: Sequence[Picture]) -> Seen:
@@ -99,9 +150,13 @@ class Detector(nn.Module):
         return Seen(self.model(fed), torch.tensor([height_width(image) for image in images], device=device),
                     torch.tensor([image.shape[-2:] for image in fed], device=device))
 
-    def detections(self, seen: Seen, threshold: float = 0.0) -> list[Detections]:
-        """The detections of each image whose score is at least ``threshold``, of any label, on the CPU."""
+    def detections(self, seen: Seen, threshold: float = 0.0,
+                   choose: Callable[[Detections], Detections] | None = None) -> list[Detections]:
+        """The detections of each image whose score is at least ``threshold``, of any label, on the CPU. ``choose`` may
+        leave some out, before masks are made of the others."""
         found = [at_least(threshold, one) for one in self.postprocessors["bbox"](seen.outputs, seen.sizes)]
+        if choose is not None:
+            found = [choose(one) for one in found]
         if "segm" in self.postprocessors:
             found = self.postprocessors["segm"](found, seen.outputs, seen.sizes, seen.fed)
         on_cpu: list[Any] = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in one.items()
@@ -125,13 +180,44 @@ class Detector(nn.Module):
 
     def _named(self, found: Detections) -> NamedDetections:
         names = self.names
-        used = torch.tensor([label in names for label in found["labels"].tolist()], dtype=torch.bool)
-        kept: NamedDetections = {"scores": found["scores"][used], "labels": found["labels"][used],
-                                 "boxes": found["boxes"][used],
-                                 "names": [names[label] for label in found["labels"][used].tolist()]}
-        if "masks" in found:
-            kept["masks"] = [found["masks"][i] for i in used.nonzero()[:, 0].tolist()]         # type: ignore[misc]
-        return kept
+        named: NamedDetections = {**found, "names": [names[label] for label in found["labels"].tolist()]}
+        return named
+
+    def _labels(self, classes: str | int | Sequence[str | int] | None) -> set[int] | None:
+        """The labels of ``classes``; None for all."""
+        if classes is None:
+            return None
+        wanted = [classes] if isinstance(classes, (str, int)) else list(classes)
+        if not wanted:
+            raise ValueError("classes is empty, which would keep nothing; name some, or leave it out for all")
+        labels: set[int] = set()
+        for one in wanted:
+            those = {label for label, name in self.names.items() if one in (name, label)}
+            if not those and isinstance(one, str):
+                near = difflib.get_close_matches(one, list(self.names.values()), n=3, cutoff=0.0)
+                raise ValueError(f"class {one!r} is not among the model's {len(self.names)}; the nearest are "
+                                 f"{', '.join(map(repr, near))}")
+            if not those:
+                raise ValueError(f"class {one!r} is no label that the data uses; these are "
+                                 f"{', '.join(f'{label} ({name})' for label, name in self.names.items())}")
+            labels |= those
+        return labels
+
+    def _check(self, threshold: float, batch_size: int, nms: float | None, tile: int | None, overlap: float,
+               whole: bool) -> None:
+        """Raises ValueError for what ``predict`` cannot do."""
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}: scores are between 0 and 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: at least 1 is needed")
+        if nms is not None and not 0 <= nms <= 1:
+            raise ValueError(f"nms {nms}: an IoU, 0 to 1, is needed, or None to keep all")
+        if tile is None and (overlap != 0.2 or whole):
+            raise ValueError(f"{'whole' if whole else f'overlap {overlap}'} is about tiles, and there are none; give "
+                             f"tile=PIXELS, too")
+        if "panoptic" in self.postprocessors and (nms is not None or tile is not None):
+            raise ValueError(f"{'nms' if tile is None else 'tile'} is for models of things that can be counted, and this "
+                             f"one is panoptic: its ground and sky are not; leave it out")
 
 
 def at_least(threshold: float, found: Detections) -> Detections:
@@ -140,6 +226,49 @@ def at_least(threshold: float, found: Detections) -> Detections:
     queries = found.get("queries", torch.arange(len(keep), device=keep.device))
     return {"scores": found["scores"][keep], "labels": found["labels"][keep], "boxes": found["boxes"][keep],
             "queries": queries[keep]}
+
+
+def of_labels(found: Detections, labels: set[int] | None) -> Detections:
+    """Detections of such labels; None keeps all."""
+    if labels is None:
+        return found
+    return selected(found, [i for i, label in enumerate(found["labels"].tolist()) if label in labels])
+
+
+def best_of_queries(found: Detections) -> Detections:
+    """The best detection of each query, the first of equals, in the order they are in."""
+    best: dict[int, int] = {}
+    scores = found["scores"].tolist()
+    for i, query in enumerate(found["queries"].tolist()):
+        if query not in best or scores[i] > scores[best[query]]:
+            best[query] = i
+    return selected(found, sorted(best.values()))
+
+
+def suppressed(found: Detections, iou: float) -> Detections:
+    """Detections without those that overlap a better one of their class with more than ``iou``, in the order they are in
+    (non-maximum suppression)."""
+    from torchvision.ops import batched_nms  # here alone: slow to import
+    boxes = found["boxes"].double()                         # classes are moved apart by the image's size, to be compared
+    return selected(found, sorted(batched_nms(boxes, found["scores"].double(), found["labels"], iou).tolist()))
+
+
+def to_supervision(found: NamedDetections) -> Any:
+    """Detections as ``supervision.Detections``: ``xyxy``, ``confidence``, ``class_id``, the labels, and names as
+    ``data["class_name"]``; of mask models ``mask``, bool ``[n, H, W]``, a byte a pixel of the image for each. Raises
+    ImportError where that library is not installed."""
+    try:
+        import supervision
+    except ImportError as error:
+        raise ImportError("to_supervision needs the library supervision; install it with: pip install supervision"
+                          ) from error
+    masks: Any = None
+    if codes := list(found.get("masks", ())):
+        from pycocotools import mask as coco_mask
+        masks = np.stack([coco_mask.decode(code) for code in codes]).astype(bool)                   # [n, H, W]
+    return supervision.Detections(
+        xyxy=found["boxes"].numpy().reshape(-1, 4).astype(np.float32), confidence=found["scores"].numpy(),
+        class_id=found["labels"].numpy(), mask=masks, data={"class_name": np.array(found["names"], dtype=str)})
 
 
 def load(path_or_url: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> Detector:

@@ -7,7 +7,8 @@ import pytest
 
 LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
-     "preprocessing", "coco_classes", "precision", "diagnosis", "collapse", "run_folder", "sharding", "exact_mode",
+     "preprocessing", "sources", "writers", "tiles", "coco_classes", "precision", "diagnosis", "collapse", "run_folder",
+     "sharding", "exact_mode",
      "deformable_cpu", "deformable_triton"},
     {"optimization", "memory", "finetune", "mlp", "residual", "attention", "deformable_attention",
      "position_encoding", "reference_points"},
@@ -15,7 +16,7 @@ LEVELS = [
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},
     {"presets", "attention_maps", "visualize", "tensor_view"},
-    {"settings", "logs", "attention_pictures"},
+    {"settings", "logs", "attention_pictures", "compare_runs"},
     {"loading", "trial"},
     {"__init__"},                                                               # see everything below
 ]

@@ -1,8 +1,12 @@
 """``detr.load``: a file -> a detector that answers as model, transforms and post-processing do one after the other."""
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import io
+import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,25 +14,33 @@ import torch
 from cases import load_case
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 import detr
+import engine
+from datasets import build_dataset, build_evaluators, collate
 from datasets import published_classes as published_by_datasets
 from datasets.annotations import class_table
 from datasets.images import read_image
 from datasets.transforms import eval_transforms
 from detr import checkpoint
+from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
 from detr.coco_classes import COCO_CATEGORIES, COCO_PANOPTIC, published_classes
-from detr.loading import Detector
+from detr.loading import Detector, to_supervision
 from detr.preprocessing import Preprocessing, as_picture
 from detr.presets import PRESETS, Preset
 from detr.run_folder import RunFolder
 from detr.settings import decide
+from detr.tiles import merged, moved, places
 
 SMALL = DETRConfig(backbone="resnet18", backbone_norm="group", from_scratch=True, enc_layers=1, dec_layers=1,
                    hidden_dim=32, nheads=2, dim_feedforward=32, num_queries=5)
 MASKS = dataclasses.replace(SMALL, masks=True, hidden_dim=128, nheads=8)
+SIGMOID = DeformableDETRConfig(backbone="resnet18", backbone_norm="group", from_scratch=True, enc_layers=1, dec_layers=2,
+                               hidden_dim=64, nheads=2, dim_feedforward=32, num_queries=9, num_feature_levels=2)
 TABLE = [{"label": 0, "id": 3, "name": "red", "isthing": True}, {"label": 2, "id": 40, "name": "5 µm", "isthing": False}]
 PREPROCESSING = Preprocessing(64, 100, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 CARD = {"epoch": 3, "metrics": {"coco_eval_bbox": [0.25] * 12}, "revision": "abc", "data": "5 images"}
@@ -40,13 +52,15 @@ def exported(folder, model=SMALL, dataset_file="coco", preprocessing=PREPROCESSI
     built = model.build(3)[0]
     with torch.no_grad():
         inner = getattr(built, "detr", built)
-        inner.query_embed.weight *= 30
-        inner.class_embed.weight *= 20
+        inner.query_embed.weight *= 1 if model is SIGMOID else 30
+        for head in inner.class_embed if isinstance(inner.class_embed, nn.ModuleList) else [inner.class_embed]:
+            head.weight *= 5 if model is SIGMOID else 20
         if model.masks:
             built.bbox_attention.q_linear.weight *= 30
             inner.class_embed.bias[:3] += 5
     state = {"model": built.state_dict(), "categories": TABLE, "num_classes": 3, "epoch": 3, "card": CARD,
-             "config": {"name": "detr_resnet50", "model": dataclasses.asdict(model), "train": {},
+             "config": {"name": "deformable_detr_resnet50" if model is SIGMOID else "detr_resnet50", "train": {},
+                        "model": dataclasses.asdict(model),
                         "data": {"dataset_file": dataset_file, "image_size": "64", "max_size": 100}},
              "preprocessing": preprocessing.as_dict(), **entries}
     RunFolder(folder).export("best", state)
@@ -155,6 +169,240 @@ def test_panoptic_models(tmp_path, photos):
         assert [is_thing(label) for label in range(3)] == [True, False, False]
         made, = detector.maps(detector.look([as_picture(photos[1])]), 0.0)
         assert Image.open(io.BytesIO(made["png_string"])).size == (61, 130)
+
+
+# What may be asked of predict.
+
+@pytest.fixture(scope="module")
+def sigmoid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sigmoid")
+    exported(folder, SIGMOID)
+    return detr.load(folder / "best.pth")
+
+
+def rows(found) -> list:
+    return [tuple(row) for row in zip(found["names"], found["scores"].tolist(), *found["boxes"].T.tolist())]
+
+
+def test_classes(sigmoid, photos):
+    detector = sigmoid
+    every, = detector.predict(photos[1])
+    assert rows(detector(photos[1])[0]) == rows(every) and set(every["names"]) == {"red", "5 µm"}
+    for wanted, names in (("red", ["red"]), (["red"], ["red"]), ([0], ["red"]), (2, ["5 µm"]),
+                          (["5 µm", 0], ["red", "5 µm"])):
+        assert rows(detector.predict(photos[1], classes=wanted)[0]) == [row for row in rows(every) if row[0] in names]
+    for wanted, message in (("read", "class 'read' is not among the model's 2; the nearest are 'red'"),
+                            ([], "classes is empty"),
+                            (1, r"class 1 is no label that the data uses; these are 0 \(red\), 2 \(5 µm\)"),
+                            (["red", "5 um"], "class '5 um' .* '5 µm'")):
+        with pytest.raises(ValueError, match=message):
+            detector.predict(photos[1], classes=wanted)
+
+
+def greedy(found, iou: float) -> list[int]:
+    """Non-maximum suppression by its definition, in float64."""
+    kept: list[int] = []
+    boxes = found["boxes"].double().tolist()
+    for i in found["scores"].argsort(descending=True).tolist():
+        for k in kept:
+            (a, b, c, d), (e, f, g, h) = boxes[i], boxes[k]
+            shared = max(min(c, g) - max(a, e), 0) * max(min(d, h) - max(b, f), 0)
+            if found["names"][i] == found["names"][k] and shared / ((c - a) * (d - b) + (g - e) * (h - f) - shared) > iou:
+                break
+        else:
+            kept.append(i)
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.5, 1.0])
+def test_nms(sigmoid, tmp_path, photos, iou):
+    exported(tmp_path, MASKS)
+    left_out = 0
+    for detector in (sigmoid, detr.load(tmp_path / "best.pth")):
+        for photo in photos:
+            every, = detector.predict(photo)
+            some, = detector.predict(photo, nms=iou)
+            kept = greedy(every, iou)
+            assert rows(some) == [rows(every)[i] for i in kept]
+            assert some.get("masks") == ([every["masks"][i] for i in kept] if "masks" in every else None)
+            left_out += len(every["names"]) - len(kept)
+    assert (left_out > 0) == (iou < 1)
+
+
+def test_one_label_per_query(sigmoid, photos):
+    """Its best class, of those that the data uses."""
+    outputs = sigmoid.look([as_picture(photos[0])]).outputs
+    prob = outputs["pred_logits"][0].sigmoid()
+    prob[:, 1] = 0
+    best, labels = prob.max(1)
+    every, = sigmoid.predict(photos[0])
+    some, = sigmoid.predict(photos[0], one_label_per_query=True)
+    assert sorted(zip(some["scores"].tolist(), some["labels"].tolist())) == sorted(zip(best.tolist(), labels.tolist()))
+    assert len(every["names"]) == 2 * len(best) and set(rows(some)) < set(rows(every)) and len(set(some["names"])) == 2
+    named, = sigmoid.predict(photos[0], one_label_per_query=True, classes="red")
+    assert rows(named) == [row for row in rows(some) if row[0] == "red"]
+
+
+def test_what_predict_refuses(run, tmp_path):
+    detector, image = detr.load(run / "best.pth"), Image.new("RGB", (50, 40))
+    exported(tmp_path, MASKS, "coco_panoptic")
+    panoptic = detr.load(tmp_path / "best.pth")
+    for of, options, message in (
+            (detector, {"threshold": 50}, "threshold 50: scores are between 0 and 1"),
+            (detector, {"nms": 1.5}, "nms 1.5: an IoU, 0 to 1"),
+            (detector, {"overlap": 0.3}, "overlap 0.3 is about tiles, and there are none; give tile=PIXELS"),
+            (detector, {"whole": True}, "whole is about tiles"),
+            (detector, {"tile": 0}, "tile 0: a side in pixels"), (detector, {"tile": 20, "overlap": 1}, "overlap 1: "),
+            (panoptic, {"nms": 0.5}, "nms is for models of things .* panoptic"),
+            (panoptic, {"tile": 50}, "tile is for models of things .* panoptic")):
+        with pytest.raises(ValueError, match=message):
+            of.predict(image, **options)
+
+
+@pytest.mark.parametrize("model", [SMALL, MASKS, SIGMOID], ids=["DETR", "masks", "Deformable DETR"])
+def test_tiles(tmp_path, model):
+    """What merging makes of the tiles as images of their own; a single tile is the image."""
+    exported(tmp_path, model)
+    detector = detr.load(tmp_path / "best.pth")
+    pixels = np.random.RandomState(0).randint(0, 255, (70, 130, 3)).astype(np.uint8)
+    where, size = places(70, 130, 60, 0.25), (70, 130)
+    parts = detector.predict([pixels[one.top:one.bottom, one.left:one.right] for one in where])
+    want = merged([moved(one, place, size) for one, place in zip(parts, where)], where, size)
+    for channels_first in (False, True):
+        image = torch.from_numpy(pixels).permute(2, 0, 1) if channels_first else pixels
+        found, other = detector.predict([image, image], batch_size=3, tile=60, overlap=0.25)
+        assert rows(found) == rows(other) and len(found["names"]) > 3
+        assert torch.allclose(found["boxes"], want["boxes"], atol=1e-3) and torch.equal(found["labels"], want["labels"])
+        assert {tuple(code["size"]) for code in found.get("masks", ())} <= {size}
+        assert found.get("masks") == want.get("masks")
+    one, = detector.predict(pixels, tile=130)
+    plain, = detector.predict(pixels)
+    assert sorted(rows(one)) == sorted(rows(plain)) and (one["scores"].diff() <= 0).all()
+    name = found["names"][0]
+    few, = detector.predict(pixels, batch_size=3, tile=60, overlap=0.25, classes=name, nms=0.3)
+    assert set(rows(few)) < set(rows(found)) and set(few["names"]) == {name}
+
+
+def test_tiles_whose_outputs_are_no_numbers(run, photos):
+    detector = detr.load(run / "best.pth")
+    with torch.no_grad():
+        detector.model.bbox_embed.layers[0].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=f"^{photos[0]}: the model's scores or boxes"):
+        detector.predict(photos[0], tile=40, batch_size=4)
+
+
+def judged(file, kind: str, ids: list[int], several, categories) -> list[float]:
+    """The twelve numbers that pycocotools gives detections."""
+    id_of = {category.label: category.id for category in categories}
+    results = [{"image_id": image, "category_id": id_of[label], "score": score,
+                **({"segmentation": found["masks"][i]} if kind == "segm" else {"bbox": [x0, y0, x1 - x0, y1 - y0]})}
+               for image, found in zip(ids, several)
+               for i, (label, score, (x0, y0, x1, y1)) in enumerate(zip(
+                   found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist()))]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(file)
+        judge = COCOeval(truth, truth.loadRes(results), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats.tolist()
+
+
+@pytest.mark.parametrize("model", [SMALL, SIGMOID, MASKS], ids=["DETR", "Deformable DETR", "masks"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_scored_as_evaluation_scores(tmp_path, capsys, model, batch_size):
+    """Predictions at a threshold of 0, judged by pycocotools, get evaluation's numbers. The objects are what the model
+    itself says, moved a little, so that it finds some of them."""
+    exported(tmp_path, model, categories=[{**row, "isthing": True} for row in TABLE])       # of stuff, none are scored
+    detector, random = detr.load(tmp_path / "best.pth"), np.random.RandomState(0)
+    (tmp_path / "val2017").mkdir()
+    images, annotations = [], []
+    for number in range(6):
+        height, width = random.randint(50, 120, 2).tolist()
+        pixels = random.randint(0, 200, 3) + random.randint(0, 55, (height, width, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "val2017" / f"{number}.png")
+        images.append({"id": 7 * number, "file_name": f"{number}.png", "width": width, "height": height})
+        found, = detector.predict(tmp_path / "val2017" / f"{number}.png")
+        for i in found["scores"].argsort(descending=True)[:4].tolist():
+            (x0, y0, x1, y1), moved_by = found["boxes"][i].tolist(), random.uniform(-0.1, 0.1, 4)
+            corners = np.array([x0, y0, x1, y1]) + moved_by * ([x1 - x0, y1 - y0] * 2)
+            x0, y0, x1, y1 = corners.clip(0, [width, height] * 2).tolist()
+            if min(x1 - x0, y1 - y0) > 0.1:
+                annotations.append({"id": len(annotations) + 1, "image_id": 7 * number, "iscrowd": 0,
+                                    "category_id": {0: 3, 2: 40}[int(found["labels"][i])], "area": (x1 - x0) * (y1 - y0),
+                                    "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": found["masks"][i]
+                                    if model.masks else [[x0, y0, x1, y0, x1, y1, x0, y1]]})
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [
+        {"id": 3, "name": "red"}, {"id": 40, "name": "5 µm"}]}))
+
+    data = build_dataset("val", tmp_path, transforms=eval_transforms(detector.preprocessing), return_masks=model.masks,
+                         categories=detector.categories)
+    loader = torch.utils.data.DataLoader(data, batch_size, collate_fn=collate)
+    built, criterion, postprocessors = model.build(3)
+    built.load_state_dict(detector.model.state_dict())
+    if model.masks:
+        postprocessors["segm"].rle = True
+    evaluated = engine.evaluate(built, criterion, postprocessors, loader, len(loader),
+                                build_evaluators(data, model.masks), torch.device("cpu"))
+    predicted = detector.predict([tmp_path / "val2017" / image["file_name"] for image in images], 0.0, batch_size)
+    capsys.readouterr()
+    for kind, name in (("bbox", "bbox"), ("segm", "masks"))[:1 + model.masks]:
+        numbers = judged(file, kind, [image["id"] for image in images], predicted, detector.categories)
+        assert np.abs(np.array(numbers) - evaluated[f"coco_eval_{name}"]).max() <= 1e-6
+        assert 0.02 < numbers[0] < 1                                            # or the test would show little
+
+
+# Where it looks.
+
+@pytest.mark.parametrize("model", [SMALL, MASKS, SIGMOID], ids=["DETR", "masks", "Deformable DETR"])
+def test_explanations(tmp_path, model):
+    exported(tmp_path, model)
+    detector = detr.load(tmp_path / "best.pth")
+    picture, exif = Image.fromarray(np.random.RandomState(0).randint(0, 255, (70, 90, 3)).astype(np.uint8)), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    before, = detector.predict(tmp_path / "turned.png")
+    seen = detector.explain(tmp_path / "turned.png")
+    assert seen.size == (90, 70) and len(seen.encoder) == 1 and len(seen.decoder) == model.dec_layers
+    assert len(detector.explain(picture, encoder=False).encoder) == 0
+    found, = detector.postprocessors["bbox"](seen.outputs, torch.tensor([seen.size]))
+    used = found["labels"] != 1
+    assert torch.equal(found["boxes"][used], before["boxes"]) and torch.equal(found["scores"][used], before["scores"])
+    query = int(found.get("queries", torch.arange(9))[0])
+    assert torch.allclose(seen.path(query)[-1], found["boxes"][0], atol=1e-3)
+    assert seen.heat(query).sum() <= 1 + 1e-5
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.modules())
+    with pytest.raises(TypeError, match="a picture is a path.*, not a list"):
+        detector.explain([picture])
+
+
+# For others.
+
+@pytest.mark.skipif(importlib.util.find_spec("supervision") is None, reason="supervision is not installed")
+@pytest.mark.filterwarnings("ignore:OpenCV")                                    # which it can do without
+def test_to_supervision(tmp_path, run, photos):
+    exported(tmp_path, MASKS)
+    for detector, masks in ((detr.load(run / "best.pth"), False), (detr.load(tmp_path / "best.pth"), True)):
+        found, = detector.predict(photos[1])
+        given = to_supervision(found)
+        assert np.array_equal(given.xyxy, found["boxes"].numpy())
+        assert np.array_equal(given.confidence, found["scores"].numpy())
+        assert given.class_id.tolist() == found["labels"].tolist() and given.data["class_name"].tolist() == found["names"]
+        assert (given.mask is not None) == masks and len(given) == len(found["names"]) > 0
+        if masks:
+            assert given.mask.dtype == bool and given.mask.shape[1:] == (130, 61)
+            assert given.mask.sum((1, 2)).tolist() == coco_mask.area(found["masks"]).tolist()
+        some = given[given.confidence > float(found["scores"].median())]
+        assert 0 < len(some) < len(given)
+        assert len(to_supervision(detector.predict(photos[1], 1.0)[0])) == 0
+
+
+def test_without_supervision(monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="to_supervision needs .*: pip install supervision"):
+        to_supervision(detr.load(run / "best.pth").predict(Image.new("RGB", (50, 40)))[0])
 
 
 def test_outputs_that_are_no_numbers(run, photos):

@@ -1,16 +1,24 @@
 """``scripts/predict.py`` with a small random model: what it writes, under which names, and what it refuses."""
+import csv
 import dataclasses
 import importlib.util
 import io
 import json
+import os
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import weakref
+import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -22,6 +30,9 @@ from datasets.transforms import Preprocessing, eval_transforms
 from detr import checkpoint
 from detr.architectures.detr import DETRConfig
 from detr.presets import PRESETS, Preset
+from detr.sources import Clip, Item, Video, is_text, pictures
+from detr.structures import Category
+from detr.writers import VideoFile, Yolo
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "predict.py"
 SMALL = DETRConfig(backbone="resnet18", backbone_norm="group", from_scratch=True, enc_layers=1, dec_layers=1,
@@ -159,8 +170,8 @@ def test_batches(script, trained, photos):
 
 
 def test_names_that_are_taken(script):
-    paths = [Path(name) for name in ("x/a.jpg", "y/A.JPG", "y/a.png", "z/a.bmp", "z/a-2.jpg", "z/a.jpeg")]
-    names = script.picture_names(paths)
+    paths, given = ("x/a.jpg", "y/A.JPG", "y/a.png", "z/a.bmp", "z/a-2.jpg", "z/a.jpeg"), script.Names()
+    names = [given.of(Item(path, None)) for path in paths]
     assert names == ["a.jpg", "A-2.jpg", "a.png", "a-2.png", "a-2-2.jpg", "a-3.jpg"]
     assert len({name.lower() for name in names}) == len(paths)
 
@@ -263,7 +274,7 @@ def test_masks_that_are_no_numbers(script, trained_masks, photos):
             detector.model.mask_head.out_lay.bias.fill_(float("nan"))
         Path(data).mkdir()
         with pytest.raises(ValueError, match="photos/a.jpg: the model's scores or boxes or masks are not finite"):
-            script.predict(detector, [Path("photos/a.jpg")], Path(data), 0.5)
+            script.predict(detector, script.find(["photos/a.jpg"]), Path(data), script.Choice())
 
 
 # Panoptic maps.
@@ -442,6 +453,422 @@ def test_sources_without_images(script, trained, photos, source, message):
     assert not Path("out").exists()
 
 
+# Zips, standard input.
+
+def without_ids(rows: list[dict]) -> list[dict]:
+    return [{**row, "id": 0, "image_id": 0} for row in rows]
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_a_zip_is_its_folder(script, trained, photos):
+    """The same detections, in the order of names, and nothing anywhere but in the output folder."""
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        archive.write("photos/more/a.jpg", "z/a.jpg")
+        archive.write("photos/a.jpg", "../../a.JPG")
+        archive.writestr(zipfile.ZipInfo("/b.png"), Path("photos/b.png").read_bytes(), zipfile.ZIP_DEFLATED)
+        for name in ("notes.txt", ".hidden.jpg", "__MACOSX/._a.jpg", "in/"):
+            archive.writestr(name, "nothing")
+    before = tree(photos.parent.parent)
+    call(script, "some.zip", "--resume", trained, "--threshold", "0", "--output_dir", "zipped")
+    assert tree(photos.parent.parent) - before == {f"{photos.parent.name}/{path}" for path in (
+        "zipped", "zipped/a.jpg", "zipped/a-2.jpg", "zipped/b.png", "zipped/predictions.json")}
+    assert [image["file_name"] for image in predictions("zipped")["images"]] \
+        == ["some.zip/../../a.JPG", "some.zip//b.png", "some.zip/z/a.jpg"]
+    call(script, "photos", "photos/more", "--resume", trained, "--threshold", "0", "--output_dir", "plain")
+    assert without_ids(predictions("zipped")["annotations"]) == without_ids(predictions("plain")["annotations"])
+
+
+def test_zips_that_cannot_be_read(script, trained, photos, capsys):
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        archive.write("photos/a.jpg")
+        archive.write("photos/b.png")
+    content = bytearray(Path("some.zip").read_bytes())
+    content[content.index(b"photos/b.png") + 500] ^= 255                        # the checksum notices
+    Path("some.zip").write_bytes(content)
+    Path("none.zip").write_text("no zip")
+    assert call(script, "some.zip", "none.zip", "--resume", trained, "--output_dir", "out") == 1
+    shown = capsys.readouterr().out
+    assert "left out: image some.zip/photos/b.png cannot be read: Bad CRC-32" in shown
+    assert "left out: none.zip (6 bytes) cannot be read as a zip" in shown
+    assert shown.splitlines()[-1] == "2 of 3 images could not be read: some.zip/photos/b.png, none.zip"
+    assert [image["picture"] for image in predictions()["images"]] == ["a.jpg"]
+    with zipfile.ZipFile("empty.zip", "w") as archive:
+        archive.writestr("notes.txt", "none")
+    with pytest.raises(FileNotFoundError, match="empty.zip is a zip without images, files named"):
+        call(script, "empty.zip", "--resume", trained)
+
+
+def pipe(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+
+
+@pytest.mark.parametrize("ending", [".bmp", ".gif", ".jpg", ".png", ".tif", ".webp"])
+def test_images_are_told_from_paths(photos, ending):
+    Image.open("photos/b.png").save(f"b{ending}")
+    assert not is_text(Path(f"b{ending}").read_bytes()[:64])
+    assert is_text(f"photos/ä{ending}\n".encode()) and is_text("ä".encode()[:1]) and not is_text("ä\n".encode("latin-1"))
+
+
+def test_an_image_on_standard_input(script, trained, photos, monkeypatch):
+    call(script, "photos/a.jpg", "--resume", trained, "--threshold", "0", "--output_dir", "file")
+    pipe(monkeypatch, Path("photos/a.jpg").read_bytes())
+    call(script, "-", "--resume", trained, "--threshold", "0", "--output_dir", "piped", "--format", "json")
+    assert predictions("piped")["annotations"] == predictions("file")["annotations"]
+    assert [image["file_name"] for image in predictions("piped")["images"]] == ["stdin"]
+
+
+def test_paths_on_standard_input(script, trained, photos, monkeypatch, capsys):
+    """In their order, whatever it is."""
+    pipe(monkeypatch, "photos/b.png\r\n\nphotos/ä.jpg\nphotos/a.jpg".encode())
+    assert call(script, "-", "--resume", trained, "--threshold", "0", "--output_dir", "out") == 1
+    assert [(image["id"], image["file_name"]) for image in predictions()["images"]] \
+        == [(1, "photos/b.png"), (3, "photos/a.jpg")]
+    shown = capsys.readouterr().out
+    assert "images 3  " in shown and "1 of 3 images could not be read: photos/ä.jpg" in shown
+    pipe(monkeypatch, b"")
+    with pytest.raises(ValueError, match="nothing came on standard input"):
+        call(script, "-", "--resume", trained, "--output_dir", "none")
+
+
+# Videos.
+
+def make_video(path: str, count: int = 7, size: tuple[int, int] = (64, 48), rate: int = 12, skip: tuple[int, ...] = (),
+               codec: str = "mpeg4", **options: str) -> None:
+    """``count`` frames, each of its own grey, without the times ``skip``."""
+    av = pytest.importorskip("av")
+    with av.open(path, "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        times = [time for time in range(count + len(skip)) if time not in skip]
+        for k, time in enumerate(times):
+            frame = av.VideoFrame.from_image(Image.new("RGB", size, (20 + 20 * (k % 10),) * 3))
+            frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def read_video(path: str) -> tuple[list[np.ndarray], list[float], float]:
+    """Frames, when they are shown, and their rate."""
+    import av
+    with av.open(path) as container:
+        frames = list(container.decode(video=0))
+        return ([frame.to_ndarray(format="rgb24") for frame in frames], [frame.time for frame in frames],
+                float(container.streams.video[0].average_rate))
+
+
+@pytest.mark.parametrize("size, skip", [((64, 48), ()), ((71, 49), (3, 4))])
+def test_a_video_keeps_size_rate_frames_and_times(script, trained, photos, capsys, size, skip):
+    make_video("clip.mp4", size=size, skip=skip)
+    want, times, rate = read_video("clip.mp4")
+    assert call(script, "clip.mp4", "--resume", trained, "--threshold", "1", "--output_dir", "out", "--batch_size",
+                "3") == 0
+    assert tree(Path("out")) == {"clip.mp4", "predictions.json"}
+    frames, when, again = read_video("out/clip.mp4")
+    assert len(frames) == len(want) == 7 and (again == rate == 12 or skip)
+    assert when == pytest.approx(times, abs=1e-3) and when[3] - when[2] == pytest.approx((1 + len(skip)) / 12, abs=1e-3)
+    assert all(abs(a.astype(int) - b).max() <= 6 for a, b in zip(frames, want))
+    images = predictions()["images"]
+    assert [(image["file_name"], image["frame"]) for image in images] == [(f"clip.mp4#{k}", k) for k in range(7)]
+    assert [image["seconds"] for image in images] == pytest.approx(times, abs=1e-5)
+    assert {(image["width"], image["height"]) for image in images} == {size}
+    shown = capsys.readouterr().out
+    assert "clip.mp4: 7 frames; threshold" in shown and "frames 7/7" in shown
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("size", [(64, 48), (71, 49), (960, 720)])
+def test_colours_and_frames_survive_any_encoder(tmp_path, codec, size):
+    av = pytest.importorskip("av")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    clip, path = Clip("clip", False, Fraction(30000, 1001), Fraction(1, 90000), Fraction(1)), tmp_path / "clip.mp4"
+    writer = VideoFile(path, clip, size, codec)
+    for k in range(5):
+        writer.add(Image.new("RGB", size, (200, 40 + 10 * k, 30)), 3003 * k)
+    assert not path.exists()
+    writer.close()
+    items = list(Video("clip", str(path)).items(3))
+    times = [float(item.pts * item.clip.time_base) for item in items]
+    assert times == pytest.approx([k * 1001 / 30000 for k in range(5)])
+    for k, item in enumerate(items):
+        assert item.picture.size == size and item.clip.rate == clip.rate
+        assert item.picture.getpixel((30, 20)) == pytest.approx((200, 40 + 10 * k, 30), abs=8)
+
+
+def test_frames_are_detected_as_images_are(script, trained, photos):
+    make_video("clip.mp4", count=3)
+    call(script, "clip.mp4", "photos/a.jpg", "--resume", trained, "--threshold", "0", "--output_dir", "out", "--format",
+         "pictures", "video", "json", "yolo", "csv")
+    assert tree(Path("out")) == {"a.jpg", "clip", *(f"clip/00000{k}.jpg" for k in range(3)), "clip.mp4", "classes.txt",
+                                 "data.yaml", "labels", "labels/a.txt", "labels/clip", "predictions.csv",
+                                 *(f"labels/clip/00000{k}.txt" for k in range(3)), "predictions.json"}
+    found, detector = predictions(), script.load_detector(str(trained))
+    assert [(image["id"], image["file_name"]) for image in found["images"]] \
+        == [(1, "photos/a.jpg"), *((k + 2, f"clip.mp4#{k}") for k in range(3))]             # images come first
+    assert (found["images"][2]["picture"], found["images"][2]["labels"]) == ("clip/000001.jpg",
+                                                                            "labels/clip/000001.txt")
+    for k, frame in enumerate(read_video("clip.mp4")[0]):
+        direct, = detector.predict(frame)
+        rows = [row for row in found["annotations"] if row["image_id"] == k + 2]
+        assert [row["score"] for row in rows] == pytest.approx(direct["scores"].tolist(), abs=1e-6)
+    drawn = read_video("out/clip.mp4")[0]
+    assert all((frame != frame[0, 0]).any() for frame in drawn)                             # the boxes
+
+
+def test_videos_are_upright(script, trained, photos):
+    """A quarter's turn in the file's track header, as telephones write it."""
+    make_video("clip.mp4", count=2)
+    content = bytearray(Path("clip.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40
+    content[matrix:matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    Path("clip.mp4").write_bytes(content)
+    call(script, "clip.mp4", "--resume", trained, "--threshold", "1", "--output_dir", "out")
+    assert [(image["width"], image["height"]) for image in predictions()["images"]] == [(48, 64)] * 2
+    assert [frame.shape for frame in read_video("out/clip.mp4")[0]] == [(64, 48, 3)] * 2
+
+
+def test_a_video_that_is_cut_short(script, trained, photos, capsys):
+    make_video("clip.mp4", count=40, movflags="faststart", codec="mpeg4")
+    whole = Path("clip.mp4").read_bytes()
+    Path("clip.mp4").write_bytes(whole[:len(whole) * 3 // 4])
+    Path("none.mp4").write_text("no video")
+    assert call(script, "*.mp4", "--resume", trained, "--output_dir", "out") == 1
+    shown = capsys.readouterr().out
+    count = len(read_video("out/clip.mp4")[0])
+    assert 5 < count < 40 and count == len(predictions()["images"])
+    assert f"left out: the last {40 - count} of the 40 frames that clip.mp4 counts are not in it" in shown
+    assert "left out: video none.mp4 cannot be opened" in shown and "none.mp4" in shown.splitlines()[-1]
+
+
+def test_without_pyav(script, trained, photos, monkeypatch):
+    Path("clip.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    for source in ("clip.mp4", "camera:0", "rtsp://camera/1"):
+        with pytest.raises(ImportError, match="PyAV, which is not installed; pip install av"):
+            call(script, source, "--resume", trained, "--output_dir", "out")
+    assert not Path("out").exists()
+
+
+def test_cameras_that_are_not_there(script, trained, photos):
+    pytest.importorskip("av")
+    with pytest.raises(ValueError, match="camera:front: the number of a camera is needed, as in camera:0"):
+        call(script, "camera:front", "--resume", trained)
+    if sys.platform == "linux":
+        with pytest.raises(OSError, match="camera:77: (there is no camera /dev/video77|this build of PyAV reads no)"):
+            call(script, "camera:77", "--resume", trained)
+
+
+def test_pictures_from_python(script, photos):
+    """Without the script's reader of files."""
+    make_video("clip.mp4", count=2)
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        archive.write("photos/b.png", "b.png")
+        archive.writestr("c.png", "none")
+    items = list(pictures(["clip.mp4", "some.zip", "photos", "clip.mp4", "./*.zip", "photos/../clip.mp4"]))
+    assert [(item.name, item.picture and item.picture.size) for item in items] == [
+        ("photos/a.jpg", (90, 70)), ("photos/b.png", (61, 130)), ("clip.mp4#0", (64, 48)), ("clip.mp4#1", (64, 48)),
+        ("some.zip/b.png", (61, 130)), ("some.zip/c.png", None)]
+    assert items[-1].problem.startswith("image some.zip/c.png (4 bytes) cannot be read") and not items[0].problem
+    assert {item.picture.mode for item in pictures(["clip.mp4", "photos"], channels=1)} == {"L"}
+
+
+def test_names_of_streams(script):
+    assert script.stem_of("rtsp://10.0.0.7:554/a?b") == "rtsp___10.0.0.7_554_a_b"
+    assert script.stem_of("camera:0") == "camera_0" and len(script.stem_of("ä" * 300).encode()) == 200
+
+
+def test_panoptic_videos(script, trained_masks, photos):
+    make_video("clip.mp4", count=3)
+    call(script, "clip.mp4", "--resume", trained_masks("coco_panoptic"), "--threshold", "0", "--output_dir", "out")
+    assert tree(Path("out")) == {"clip.mp4", "panoptic", "panoptic.json", "panoptic/clip",
+                                 *(f"panoptic/clip/00000{k}.png" for k in range(3))}
+    assert [row["file_name"] for row in panoptic()["annotations"]] == [f"clip/00000{k}.png" for k in range(3)]
+    assert len(read_video("out/clip.mp4")[0]) == 3
+
+
+# Other formats.
+
+def test_yolo_and_csv_have_what_json_has(script, trained, photos, capsys):
+    Image.new("RGB", (50, 40)).save("photos/b.gif")
+    call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "out", "--format", "json", "yolo",
+         "csv")
+    assert tree(Path("out")) == {"predictions.json", "predictions.csv", "classes.txt", "data.yaml", "labels",
+                                 "labels/a.txt", "labels/b.txt", "labels/b-2.txt"}
+    assert "detections with a score of at least 0.0 on 3 images: labels/*.txt, predictions.csv and predictions.json in " \
+        in capsys.readouterr().out
+    names = [row["name"] for row in TABLE]
+    assert yaml.safe_load(Path("out/data.yaml").read_text(encoding="utf-8"))["names"] == dict(enumerate(names))
+    assert Path("out/classes.txt").read_text(encoding="utf-8").splitlines() == names
+    with open("out/predictions.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    found = predictions()
+    images = {image["id"]: image for image in found["images"]}
+    lines = {image["id"]: iter(Path("out", image["labels"]).read_text().splitlines()) for image in found["images"]}
+    assert len(table) == len(found["annotations"]) == 15
+    for row, line in zip(found["annotations"], table):
+        image, (x, y, w, h) = images[row["image_id"]], row["bbox"]
+        assert (line["file_name"], line["class"], int(line["category_id"])) \
+            == (image["file_name"], row["category_name"], row["category_id"])
+        assert [float(line[name]) for name in ("xmin", "ymin", "xmax", "ymax")] \
+            == pytest.approx([x, y, x + w, y + h], abs=1e-3)
+        assert float(line["score"]) == pytest.approx(row["score"], abs=1e-6) and line["frame"] == line["seconds"] == ""
+        label, *box, score = map(float, next(lines[image["id"]]).split())
+        sides = image["width"], image["height"]
+        edges = np.clip([x / sides[0], y / sides[1], (x + w) / sides[0], (y + h) / sides[1]], 0, 1)
+        corners = [box[0] - box[2] / 2, box[1] - box[3] / 2, box[0] + box[2] / 2, box[1] + box[3] / 2]
+        assert corners == pytest.approx(edges, abs=2e-6) and names[int(label)] == row["category_name"]
+        assert score == pytest.approx(row["score"], abs=1e-6)
+    assert not any(list(rest) for rest in lines.values())
+
+
+def test_images_without_detections_have_files(script, trained, photos):
+    call(script, "photos", "--resume", trained, "--threshold", "1", "--output_dir", "out", "--format", "yolo", "csv")
+    assert Path("out/labels/a.txt").read_text() == Path("out/labels/b.txt").read_text() == ""
+    assert len(Path("out/predictions.csv").read_text().splitlines()) == 1
+
+
+def test_boxes_outside_the_image_are_no_rows_of_yolo(tmp_path):
+    yolo = Yolo(tmp_path, [Category(0, 3, "red"), Category(1, 7, "blue")])
+    row = {"category_id": 7, "score": 0.5}
+    rows = [{**row, "bbox": [-10, 10, 30, 20]}, {**row, "bbox": [100, 0, 9, 9]}]
+    yolo.add("x/a.txt", {"width": 100, "height": 50}, rows)
+    assert (tmp_path / "labels" / "x" / "a.txt").read_text() == "1 0.100000 0.400000 0.200000 0.400000 0.500000\n"
+    assert yolo.outside == 1
+
+
+# What is looked for.
+
+@pytest.mark.parametrize("words, same", [
+    (["--classes", "blue", "5 µm"], {"classes": ["blue", "5 µm"]}),
+    (["--nms", "0.1"], {"nms": 0.1}),
+    (["--one_label_per_query"], {"one_label_per_query": True}),
+    (["--tile", "40", "--overlap", "0.3", "--batch_size", "2"], {"tile": 40, "overlap": 0.3, "batch_size": 2}),
+    (["--tile", "40", "--whole"], {"tile": 40, "whole": True}),
+])
+def test_flags_are_the_detectors(script, trained, photos, words, same):
+    call(script, "photos/a.jpg", "--resume", trained, "--threshold", "0", *words, "--output_dir", "out")
+    direct, = script.load_detector(str(trained)).predict("photos/a.jpg", **same)
+    rows = predictions()["annotations"]
+    assert [row["category_name"] for row in rows] == direct["names"]
+    assert [row["score"] for row in rows] == pytest.approx(direct["scores"].tolist(), abs=1e-6)
+    info = {name: value for name, value in predictions()["info"].items() if name in same}
+    assert info == {name: value for name, value in same.items() if name != "batch_size"}
+
+
+def test_thresholds_of_classes(script, trained, photos, capsys):
+    call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "all")
+    rows = predictions("all")["annotations"]
+    name = rows[0]["category_name"]
+    middle = sorted(row["score"] for row in rows if row["category_name"] == name)[1]
+    call(script, "photos", "--resume", trained, "--threshold", f"1,{name}={middle:.12f}", "--output_dir", "some")
+    want = [row for row in rows if row["category_name"] == name and row["score"] >= float(f"{middle:.12f}")]
+    assert without_ids(predictions("some")["annotations"]) == without_ids(want) and 0 < len(want) < len(rows)
+    assert f"detections with a score of at least 1.0, {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, want", [
+    ("0.5", (0.5, {})), ("cat=.3", (None, {"cat": 0.3})), ("1,traffic light=0.25,cat=0", (1, {"traffic light": 0.25,
+                                                                                             "cat": 0})),
+    ("a, b=0.3,0.4", (0.4, {"a, b": 0.3})), ("1e-3", (0.001, {})),
+])
+def test_thresholds_as_typed(script, text, want):
+    assert script.parse_threshold(text) == want
+
+
+@pytest.mark.parametrize("text", ["", "cat", "0.5,cat", "cat=", "0.5 0.3", "-0.1", "nan", "cat=1.5"])
+def test_thresholds_that_are_none(script, text):
+    with pytest.raises(ValueError, match="--threshold .*(a number is needed|scores are between)"):
+        script.parse_threshold(text)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--format", "video"], "--format video is of videos and cameras, and there is none among the sources"),
+    (["--threshold", "0.5,bleu=0.2"], "--threshold bleu=0.2: the model has no class 'bleu'; did you mean blue"),
+    (["--classes", "bleu"], "class 'bleu' is not among the model's 3; the nearest are 'blue'"),
+    (["--overlap", "0.3"], "overlap 0.3 is about tiles"),
+    (["--nms", "2"], "nms 2.0: an IoU"),
+])
+def test_what_does_not_fit_together(script, trained, photos, words, message):
+    with pytest.raises(ValueError, match=message):
+        call(script, "photos", "--resume", trained, *words, "--output_dir", "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--format", "json", "csv"], "--format csv has rows of boxes, and .* panoptic maps; use pictures, video and json"),
+    (["--format", "yolo"], "--format yolo has rows of boxes"),
+    (["--tile", "100"], "--tile is about boxes, and .* panoptic"),
+    (["--overlap", "0.3"], "--overlap is about boxes"),
+    (["--classes", "red"], "--classes is about boxes"),
+    (["--threshold", "red=0.3"], "--threshold of single classes is about boxes"),
+])
+def test_what_does_not_fit_panoptic_models(script, trained_masks, photos, words, message):
+    with pytest.raises(ValueError, match=message):
+        call(script, "photos", "--resume", trained_masks("coco_panoptic"), *words)
+
+
+def test_videos_do_not_fit_five_channels(script, trained_for, photos):
+    make_video("clip.mp4", count=1)
+    with pytest.raises(ValueError, match="clip.mp4: frames of videos are RGB, and this model's images have 5 channels"):
+        call(script, "clip.mp4", "--resume", trained_for(5), "--output_dir", "out")
+
+
+# All in a stream.
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_pictures_do_not_gather(script, trained, photos, monkeypatch, size):
+    """When one is read, no more are alive than belong to its batch and the one before it."""
+    for k in range(20):
+        Image.new("RGB", (20 + k, 20)).save(f"photos/more/{k}.png")
+    alive, most, read = [], [], script.read_image
+
+    def watched(*words, **more):
+        picture = read(*words, **more)
+        alive.append(weakref.ref(picture))
+        most.append(sum(one() is not None for one in alive))
+        return picture
+    monkeypatch.setattr(script, "read_image", watched)
+    call(script, "photos/more", "--resume", trained, "--batch_size", size, "--output_dir", "out")
+    assert len(most) == 21 and max(most) <= 2 * size
+
+
+def test_rows_are_written_as_they_come(script, tmp_path):
+    """The file is there when it is whole, and has then what json makes of all at once."""
+    path, rows = tmp_path / "predictions.json", [{"id": k, "name": "µ\n" * k} for k in range(3)]
+    writer = script.CocoJson(path, {"a": 1}, [{"id": 3}])
+    for row in rows:
+        writer.add(row, [row, row])
+    assert not path.exists()
+    writer.close()
+    assert json.loads(path.read_text(encoding="utf-8")) == {"info": {"a": 1}, "images": rows, "categories": [{"id": 3}],
+                                                            "annotations": [row for row in rows for _ in "ab"]}
+    assert tree(tmp_path) == {"predictions.json"}
+
+
+def test_nothing_unfinished_stays_after_an_error(script, trained, photos, monkeypatch):
+    make_video("clip.mp4", count=4)
+    draw, drawn = script.draw_detections, []
+    monkeypatch.setattr(script, "draw_detections", lambda *words, **more: (
+        drawn.append(1), draw(*words, **more) if len(drawn) < 3 else 1 / 0)[1])
+    with pytest.raises(ZeroDivisionError):
+        call(script, "clip.mp4", "--resume", trained, "--output_dir", "out", "--format", "video", "json", "csv")
+    assert tree(Path("out")) == set()
+
+
+def test_ctrl_c_keeps_what_was_seen(script, trained, photos, monkeypatch, capsys):
+    make_video("clip.mp4", count=6)
+    draw, drawn = script.draw_detections, []
+    monkeypatch.setattr(script, "draw_detections", lambda *words, **more: (
+        drawn.append(1), len(drawn) == 3 and os.kill(os.getpid(), signal.SIGINT), draw(*words, **more))[2])
+    before = signal.getsignal(signal.SIGINT)
+    assert call(script, "clip.mp4", "--resume", trained, "--threshold", "0", "--output_dir", "out") == 130
+    assert len(predictions()["images"]) == len(read_video("out/clip.mp4")[0]) == 3
+    assert "stopped before the end, after 3" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+
+
 # Nothing is overwritten.
 
 def test_output_folders(script, photos):
@@ -497,7 +924,7 @@ def test_labels_that_the_data_does_not_use(script, published, photos, capsys):
     with torch.no_grad():
         detector.model.class_embed.bias[12] = 50
     Path("out").mkdir()
-    assert script.predict(detector, [Path("photos/a.jpg")], Path("out"), threshold=0.0) == []
+    assert script.predict(detector, script.find(["photos/a.jpg"]), Path("out"), script.Choice(0.0)) == ([], 1, False)
     assert predictions()["annotations"] == []
     assert "left out: 5 detections of labels that the data does not use (12)" in capsys.readouterr().out
 
@@ -538,7 +965,7 @@ def test_weights_that_are_no_numbers(script, trained, photos):
     with torch.no_grad():
         detector.model.bbox_embed.layers[0].bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="photos/a.jpg: the model's scores or boxes are not finite"):
-        script.predict(detector, [Path("photos/a.jpg")], photos, 0.5)
+        script.predict(detector, script.find(["photos/a.jpg"]), photos, script.Choice())
 
 
 # The command.

@@ -83,11 +83,12 @@ def draw_path(image: Image.Image | Tensor, path_xyxy: Tensor, start: bool = True
     draw, line = ImageDraw.Draw(ground), line_width(picture.size)
     letters, count = caption_font(ground.size), len(path_xyxy)
     first = 0 if start and count > 1 else 1
-    taken: list[tuple[int, int, int, int]] = []
-    for k, box in enumerate(path_xyxy * factor):
-        share = k / max(1, count - 1)
-        colour = as_colour(matplotlib.colormaps["viridis"](0.25 + 0.75 * share)[:3])
+    colours = [as_colour(matplotlib.colormaps["viridis"](0.25 + 0.75 * k / max(1, count - 1))[:3]) for k in range(count)]
+    boxes = path_xyxy * factor
+    for k, (box, colour) in enumerate(zip(boxes, colours)):
         outline(draw, box, colour, line, dashed=k == 0 and first == 0)
+    taken: list[tuple[int, int, int, int]] = []
+    for k, (box, colour) in enumerate(zip(boxes, colours)):
         text = str(k + first)
         width, height = math.ceil(letters.getlength(text)) + 4, sum(letters.getmetrics()) + 1
         x = int(min(max(float(box[0]), 0), ground.width - width))

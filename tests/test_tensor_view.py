@@ -20,7 +20,8 @@ def near(picture, colour) -> int:
 @pytest.mark.parametrize("array", [
     torch.randn(5, 7), torch.rand(3, 8, 9), torch.rand(2, 3, 6, 6), torch.rand(2, 3, 4).half(),
     torch.rand(4, 4).bfloat16(), torch.arange(6).view(2, 3), torch.tensor([[True, False]]), np.random.rand(9, 2),
-    np.zeros((1, 1, 1, 1), np.uint8), torch.randn(4, 4, requires_grad=True), torch.full((2, 2), float("nan")), torch.zeros(300, 1), torch.rand(20, 5, 8)])
+    np.zeros((1, 1, 1, 1), np.uint8), torch.randn(4, 4, requires_grad=True), torch.full((2, 2), float("nan")),
+    torch.zeros(300, 1), torch.rand(20, 5, 8)])
 def test_any_array(array):
     picture = view(array, "something")
     assert picture.mode == "RGB" and min(picture.size) > 60 and len(colours(picture)) > 5

@@ -67,11 +67,10 @@ class MultiheadAttention(nn.Module):
 
 
 def _one_mask(allowed: Tensor | None, added: Tensor | None) -> Tensor | None:
-    """What fused attention takes: where a query may look, what is added to its scores, or both in one. Rows that may look
-    nowhere are left zero, which keeps them finite."""
+    """What fused attention takes: where a query may look, what is added to its scores, or both in one."""
     if allowed is None or added is None:
         return allowed if added is None else added
-    return added.masked_fill(~allowed, float("-inf"))
+    return added.masked_fill(~allowed, float("-inf"))           # PyTorch gives zeros where all of a row is
 
 
 def _of_type(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

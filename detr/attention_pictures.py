@@ -113,7 +113,7 @@ def attention_sheet(image: Image.Image | Tensor, seen: Explanation, query: int, 
     rows = []
     for layer in range(len(seen.decoder)):
         attention: DenseAttention | DeformableAttention = seen.decoder[layer]
-        heads = attention.weights.shape[1 if isinstance(attention, DeformableAttention) else 0]
+        heads = attention.weights.shape[1] if isinstance(attention, DeformableAttention) else len(attention.query)
         tiles = []
         for head in (None, *range(heads)):
             heat = attention.heat(query, head)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from .checkpoint import write_whole
 from .visualize import BLACK, COCO_NUMBERS, heading, plot, read_log, series
 
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
@@ -81,14 +81,7 @@ def draw_comparison(logs: Mapping[str, str | Path], out: str | Path) -> list[str
     figure.subplots_adjust(left=0.22 / across, right=0.985, top=1 - (0.85 + 0.24 * len(runs)) / height,
                            bottom=0.5 / height, wspace=0.22, hspace=0.52)
 
-    out = Path(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format="png")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(out, lambda file: figure.savefig(file, format="png"))
     notes = []
     for name, rows in runs.items():
         missing = [panel.title for panel in chosen if not points_of(rows, panel, hours=False)[0]]

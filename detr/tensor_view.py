@@ -28,14 +28,16 @@ def view(array: Tensor | np.ndarray, title: str = "", rows: tuple[int, int] | No
     Of more than ``most`` maps the first are shown, and the headline says so. ``rows``: the same data in another layout,
     ``view(x, rows=(2, 3))`` shows ``[6, H, W]`` as two rows of three.
 
-    Raises ValueError for other numbers of dimensions, complex numbers and what holds nothing, saying how to slice.
+    Raises ValueError for other numbers of dimensions, complex numbers and what holds nothing, saying how to slice, and
+    for ``rows`` and ``most`` that cannot be.
     """
     values = as_numpy(array)
     shape = "x".join(map(str, np.shape(array))) or "scalar"
     if not 2 <= values.ndim <= 4 or not values.size or values.dtype.kind not in "fiub":
         raise ValueError(f"view: an array {shape} of {values.dtype}; real numbers [H, W], [C, H, W] or [B, C, H, W] with "
                          f"something in them are needed: index or reshape it, such as x[0], x[None] or x.abs()")
-    kind = str(array.dtype).removeprefix("torch.")
+    if most < 1:
+        raise ValueError(f"view: most={most} maps; at least 1 is needed")
     maps = values.reshape(-1, *values.shape[-2:])
     places = arranged(values.shape, rows)
     shown = places[:max(1, most // places.shape[1]), :most]

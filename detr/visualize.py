@@ -6,7 +6,6 @@ import colorsys
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
+from .checkpoint import write_whole
 from .structures import Rle
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -416,12 +416,7 @@ def draw_curves(log_file: str | Path, out: str | Path) -> None:
             axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY,
                       fontsize=13)
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(out, lambda file: figure.savefig(file, format="png"))
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str,

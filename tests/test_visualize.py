@@ -522,8 +522,8 @@ def test_curves_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     out = tmp_path / "curves.png"
     out.write_bytes(b"old")
 
-    def savefig(self, path, **_):
-        path.write_bytes(b"half")
+    def savefig(self, file, **_):
+        file.write(b"half")
         raise OSError("no space left")
     monkeypatch.setattr(visualize.Figure, "savefig", savefig)
     with pytest.raises(OSError, match="no space left"):

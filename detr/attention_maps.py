@@ -107,6 +107,11 @@ class Explanation:
     boxes: Tensor                                                           # [K, Q, 4] after each decoder layer
     references: list[Tensor]            # [Q, 2] points or [Q, 4] boxes that each layer looked from; of DETR none
 
+    def __repr__(self) -> str:
+        height, width = self.size
+        return (f"Explanation({len(self.boxes[-1])} queries, {len(self.decoder)} decoder and {len(self.encoder)} encoder "
+                f"layers, {type(self.decoder[0]).__name__}, maps {self.shapes}, image {width} x {height})")
+
     def heat(self, query: int, layer: int = -1, head: int | None = None, level: int | None = None) -> Tensor:
         """Where a query looked in one decoder layer, ``[H, W]``; see ``heat`` of ``decoder[layer]``."""
         check("layer", layer, len(self.decoder), "of the decoder")
@@ -116,6 +121,9 @@ class Explanation:
                      from_level: int = 0) -> Tensor:
         """Where the encoder looked from pixel (x, y), ``[H, W]``: the token of ``from_level`` there; see ``heat`` of
         ``encoder[layer]``."""
+        if not self.encoder:
+            raise IndexError("this model has no encoder layers, or explain(encoder=False) left them out: no encoder looked "
+                             "anywhere")
         check("layer", layer, len(self.encoder), "of the encoder")
         return self.encoder[layer].heat(self.token(*self.cell(x, y, from_level), from_level), head, level)
 

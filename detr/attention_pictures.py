@@ -29,8 +29,11 @@ def heat_over(image: Image.Image | Tensor, heat: Tensor, box_xyxy: Tensor | None
     Nothing is transparent, ``most``, by default the largest value, bright yellow (matplotlib's inferno, which also grows
     lighter step by step, for eyes that see no colours); values between cell centres are interpolated. ``box_xyxy [4]``
     in pixels of ``image`` is outlined. ``opacity`` of the largest value, 0 to 1; ``min_side``: see ``enlarged``. Raises
-    ValueError for heat that is no map of finite numbers.
+    ValueError for heat that is no map of finite numbers, and TypeError for what is no picture.
     """
+    if not isinstance(image, (Image.Image, Tensor)):
+        raise TypeError(f"heat_over: the picture is a {type(image).__name__}; give a PIL image, such as Image.open(path), "
+                        f"or a uint8 tensor [C, H, W]")
     if heat.ndim != 2 or not heat.numel() or not heat.isfinite().all():
         raise ValueError(f"heat {list(heat.shape)}: a map [H, W] of finite numbers is needed")
     picture, factor = enlarged(image, min_side)
@@ -103,13 +106,11 @@ def draw_path(image: Image.Image | Tensor, path_xyxy: Tensor, start: bool = True
 
 
 def attention_sheet(image: Image.Image | Tensor, seen: Explanation, query: int, min_side: int = 160) -> Image.Image:
-    """All that one query looked at: a row for each decoder layer; the average of its heads, then each of them; under each
-    map its largest weight, which is what its brightest cell stands for."""
+    """All that one query looked at: a row for each decoder layer; the average of its heads, then each of them, named as
+    ``heat`` takes them; under each map its largest weight, which is what its brightest cell stands for."""
     height, width = seen.size
     path = seen.path(query)
     before = len(path) - len(seen.decoder)
-    letters, small = font(15, bold=True), font(13)
-    margin, line = 8, 20
     rows = []
     for layer in range(len(seen.decoder)):
         attention: DenseAttention | DeformableAttention = seen.decoder[layer]
@@ -118,20 +119,22 @@ def attention_sheet(image: Image.Image | Tensor, seen: Explanation, query: int, 
         for head in (None, *range(heads)):
             heat = attention.heat(query, head)
             tiles.append((heat_over(image, heat, path[layer + before], min_side=min_side),
-                          "average" if head is None else f"head {head}", float(heat.max())))
+                          "average" if head is None else f"head={head}", float(heat.max())))
         rows.append(tiles)
     tile_width, tile_height = rows[0][0][0].size
+    size = max(13, tile_width // 14)
+    letters, small, margin, line = font(size, bold=True), font(size), size // 2 + 2, round(size * 1.5)
     columns = len(rows[0])
     sheet = Image.new("RGB", (margin + columns * (tile_width + margin), len(rows) * (2 * line + tile_height + margin)),
                       (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for i, tiles in enumerate(rows):
         top = i * (2 * line + tile_height + margin)
-        draw.text((margin, top + 2), f"decoder layer {i + 1} of {len(rows)}", (0, 0, 0), letters)
+        draw.text((margin, top + 2), f"query={query}, layer={i}", (0, 0, 0), letters)
         for j, (tile, name, most) in enumerate(tiles):
             left = margin + j * (tile_width + margin)
             sheet.paste(tile, (left, top + line))
-            draw.text((left, top + line + tile_height + 2), f"{name}, at most {most:.2g}", (60, 60, 60), small)
+            draw.text((left, top + line + tile_height + 2), f"{name}, up to {most:.2g}", (60, 60, 60), small)
     return sheet
 
 

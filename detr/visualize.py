@@ -93,14 +93,19 @@ def enlarged(image: Image.Image | Tensor, min_side: int) -> tuple[Image.Image, i
     return picture.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else picture.copy(), factor
 
 
-def line_width(size: tuple[int, int]) -> int:
-    """Of boxes on a picture of ``size``, in pixels."""
-    return min(max(1, round(min(size) / 160)), 8)
+def median_side(boxes_xyxy: Tensor) -> float:
+    """The middle one of the shorter sides of boxes ``[n, 4]``; infinite where there is none."""
+    return float((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).amin(1).median()) if len(boxes_xyxy) else math.inf
 
 
-def caption_font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-    """For captions on a picture of ``size``."""
-    return font(min(max(10, round(min(size) / 32)), 40))
+def line_width(size: tuple[int, int], typical: float = math.inf) -> int:
+    """Of boxes on a picture of ``size`` whose objects have ``typical`` sides, in pixels."""
+    return round(min(max(1.0, min(size) / 160), 8.0, max(1.0, typical / 16)))
+
+
+def caption_font(size: tuple[int, int], typical: float = math.inf) -> ImageFont.FreeTypeFont:
+    """For captions on a picture of ``size`` whose objects have ``typical`` sides, in pixels."""
+    return font(round(min(max(10.0, min(size) / 32), 40.0, max(10.0, typical / 3))))
 
 
 # Detections on an image.
@@ -128,7 +133,9 @@ def draw_detections(image: Image.Image | Tensor, boxes_xyxy: Tensor, labels: Ten
         picture = draw_masks(image, some, labels[order], min_side)
         factor = picture.width // viewable(image).width
     width, height = picture.size
-    draw, line, letters = ImageDraw.Draw(picture), line_width(picture.size), caption_font(picture.size)
+    typical = median_side(boxes_xyxy * factor)                  # small objects get thin lines and small letters
+    draw = ImageDraw.Draw(picture)
+    line, letters = line_width(picture.size, typical), caption_font(picture.size, typical)
 
     corners, classes = (boxes_xyxy * factor).round().int().tolist(), labels.tolist()
     objects = [(corners[k], classes[k], scored[k]) for k in order

@@ -42,6 +42,11 @@ def test_heat_that_is_none(heat):
         heat_over(GREY, heat)
 
 
+def test_a_name_is_no_picture():
+    with pytest.raises(TypeError, match="heat_over: the picture is a str; give a PIL image, such as Image.open"):
+        heat_over("photo.jpg", torch.zeros(2, 2))
+
+
 def test_box_is_outlined_at_the_size_of_the_picture():
     drawn, factor = heat_over(GREY, torch.zeros(2, 2), torch.tensor([20.0, 10, 60, 30])), 7
     assert drawn.size == enlarged(GREY, 256)[0].size == (80 * factor, 40 * factor)

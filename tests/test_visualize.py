@@ -114,6 +114,14 @@ def test_a_box_is_where_it_should_be():
     assert caption.any() and np.nonzero(caption)[1].min() == 60                          # above it, on the left
 
 
+def test_small_objects_get_thin_lines_and_small_letters():
+    size = 1600, 1200
+    assert visualize.line_width(size) == 8 > visualize.line_width(size, 40.0) > visualize.line_width(size, 12.0) == 1
+    assert visualize.caption_font(size).size > visualize.caption_font(size, 45.0).size > 10
+    assert visualize.caption_font(size, 12.0).size == 10
+    assert visualize.median_side(torch.tensor([[0.0, 0, 30, 10], [0, 0, 50, 90], [5, 5, 25, 35]])) == 20
+
+
 def test_nothing_to_draw():
     assert not changed(draw(canvas())).any()
     assert not changed(draw(canvas(), scores=[])).any()

@@ -29,6 +29,20 @@ from detr.structures import Detections
 KINDS = ("correct", "localisation", "class", "both", "duplicate", "background", "ignored")
 CORRECT, LOCALISATION, CLASS, BOTH, DUPLICATE, BACKGROUND, IGNORED = range(len(KINDS))
 ERRORS = (*KINDS[LOCALISATION:IGNORED], "missed")
+
+
+class Sign(NamedTuple):
+    """How a kind is shown, wherever it is: colours are Okabe and Ito's (2008), and never alone."""
+    letter: str                         # of the errors
+    colour: str
+    words: str
+
+
+SIGNS = {
+    "correct": Sign("", "#009e73", "correct"), "ignored": Sign("", "#999999", "ignored region"),
+    "localisation": Sign("L", "#e69f00", "badly placed"), "class": Sign("C", "#56b4e9", "wrong class"),
+    "both": Sign("B", "#cc79a7", "wrong class, badly placed"), "duplicate": Sign("D", "#f0e442", "duplicate"),
+    "background": Sign("N", "#d55e00", "nothing there"), "missed": Sign("M", "#0072b2", "missed")}
 RECALLS = np.linspace(0, 1, 101)                    # of pycocotools' average precision
 MOST = 100                                          # detections of a class in an image that count, as pycocotools has it
 

@@ -24,6 +24,7 @@ from datasets.errors import (
     IGNORED,
     KINDS,
     LOCALISATION,
+    SIGNS,
     Best,
     Judged,
     best_f1,
@@ -34,10 +35,6 @@ from datasets.errors import (
 from datasets.examination import counted
 from detr.checkpoint import write_whole
 
-MARKS = {                                               # kind: letter and colour; the first two need no letter
-    "correct": ("", "#009E73"), "ignored": ("", "#999999"), "localisation": ("L", "#E69F00"),
-    "class": ("C", "#56B4E9"), "both": ("B", "#CC79A7"), "duplicate": ("D", "#F0E442"),
-    "background": ("N", "#D55E00"), "missed": ("M", "#0072B2")}
 MEANINGS = {
     "localisation": "right class, but the IoU with the object is only {least} to {iou}",
     "class": "wrong class, on an object (IoU at least {iou})",
@@ -135,13 +132,13 @@ def _bar(text: str, share: float, colour: str = "var(--curve)") -> str:
 
 
 def _mark(kind: str) -> str:
-    letter, colour = MARKS[kind]
+    letter, colour, _ = SIGNS[kind]
     return f"<b class=mark style='background:{colour};color:{_ink(colour)}'>{letter or '&nbsp;'}</b>"
 
 
 def _ink(colour: str) -> str:
     """Letters on a colour: white on the one dark one."""
-    return "#fff" if colour == MARKS["missed"][1] else "#000"
+    return "#fff" if colour == SIGNS["missed"].colour else "#000"
 
 
 # Sections.
@@ -168,8 +165,8 @@ def _errors(judged: Judged, threshold: float, at: str) -> str:
     most = max(1, *(counts[kind] for kind in ERRORS))
     dearest = max(1e-9, *gained.values())
     rows = [[f"{_mark(kind)} {kind}", MEANINGS[kind].format(iou=f"{judged.iou:g}", least=f"{LEAST:g}"),
-             _bar(str(counts[kind]), counts[kind] / most, MARKS[kind][1]),
-             _bar(f"{max(gained[kind], 0):.3f}", gained[kind] / dearest, MARKS[kind][1])]
+             _bar(str(counts[kind]), counts[kind] / most, SIGNS[kind].colour),
+             _bar(f"{max(gained[kind], 0):.3f}", gained[kind] / dearest, SIGNS[kind].colour)]
             for kind in ERRORS]
     objects = int(judged.positives.sum())
     found = int((judged.found(threshold) & ~judged.crowd).sum())
@@ -367,7 +364,7 @@ def _worst(judged: Judged, threshold: float, names: Sequence[str], evaluator: Co
         figures.append(f"<figure><figcaption>{caption}</figcaption><div class=pair>"
                        f"{_picture(image, truth, f'image{id}', True)}{_picture(image, seen, f'image{id}', False)}"
                        f"</div></figure>")
-    marks = " &nbsp; ".join(f"{_mark(kind)} {kind}" for kind in ("correct", *ERRORS))
+    marks = " &nbsp; ".join(f"{_mark(kind)} {SIGNS[kind].words}" for kind in ("correct", *ERRORS))
     return (f"<h2>Images with most errors</h2><p>At {at}. Left: the objects; right: what was found. {marks}. An object "
             f"marked {_mark('localisation')} or {_mark('class')} was not found, and such an error is about it."
             f"</p>" + ("".join(figures) or "<p>There are no errors.</p>"))
@@ -389,7 +386,7 @@ def _picture(image: Image.Image, boxes: Sequence[tuple[np.ndarray, str, str]], n
     drawn: list[list[float]] = []
     placed: list[tuple[float, float, float, float]] = []
     for (x, y, w, h), kind, words in boxes:
-        letter, colour = MARKS[kind]
+        letter, colour, sign = SIGNS[kind]
         left, top, right, bottom = corners = [float(v) * scale for v in (x, y, x + w, y + h)]
         under = 4 * sum(max(abs(a - b) for a, b in zip(corners, other)) < 3 for other in drawn)    # one query's classes
         drawn.append(corners)
@@ -398,7 +395,7 @@ def _picture(image: Image.Image, boxes: Sequence[tuple[np.ndarray, str, str]], n
                    f"height='{max(bottom - top, 1):.1f}' fill='none'")
         thick = 2 if kind in ("correct", "ignored") else 3
         dashes = " stroke-dasharray='6 4'" if kind == "ignored" else ""
-        out.append(f"<g><title>{escape(' '.join(filter(None, (kind, words))))}</title><rect {outline} stroke='#000' "
+        out.append(f"<g><title>{escape(f'{sign}: {words}')}</title><rect {outline} stroke='#000' "
                    f"stroke-opacity='0.55' stroke-width='{thick + 2}'/><rect {outline} stroke='{colour}' "
                    f"stroke-width='{thick}'{dashes}/></g>")
         if letter or len(boxes) <= 8:

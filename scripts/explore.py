@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         f"detr_resnet50 where its shapes fit. One of {', '.join(PRESETS)}")
     parser.add_argument("--coco_path", metavar="DIR", help="data in COCO's layout")
     parser.add_argument("--data", metavar="PATH", help="data in any format: a folder, or the file that describes it")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="part of it (default: val)")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="part of the data (default: val)")
     parser.add_argument("--images_in", action="append", default=[], metavar="DIR", help="a further folder that images of "
                         "the data may lie in, where links or its own files lead out of its folder; may be repeated")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of a box, at first, and of what counts "
@@ -61,11 +61,11 @@ def open_data(args: argparse.Namespace, detector: Detector) -> tuple[CocoDetecti
     """The data set, if any, and the folders that its images may lie in: the one that was given, and --images_in."""
     given = args.data if args.data is not None else args.coco_path
     if given is None:
-        if args.images_in:
-            raise ValueError(f"--images_in {args.images_in[0]} is about the images of a data set; give --data or "
-                             f"--coco_path too")
+        for flag, value in (("--images_in", next(iter(args.images_in), None)), ("--split", args.split)):
+            if value is not None:
+                raise ValueError(f"{flag} {value} is about the images of a data set; give --data or --coco_path too")
         return None, []
-    dataset = build_dataset(args.split, args.coco_path, data=args.data, categories=detector.categories,
+    dataset = build_dataset(args.split or "val", args.coco_path, data=args.data, categories=detector.categories,
                             channels=detector.channels)
     folder = Path(given).resolve()
     roots = [home_of(folder), *(Path(root).resolve() for root in args.images_in)]

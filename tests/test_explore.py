@@ -21,6 +21,8 @@ from PIL import Image, ImageFile
 from small_data import damaged, make_rectangles, read_annotations, write_annotations
 
 import detr
+from datasets.errors import KINDS, judge
+from datasets.fast_coco_eval import Found
 from detr.attention_maps import explain
 from detr.boxes import box_cxcywh_to_xyxy
 from detr.deformable_attention import MSDeformAttn
@@ -174,6 +176,9 @@ def test_images(dense):
     port, _ = dense
     about, listed = get(port, "/api/about"), get(port, "/api/images")
     assert about["images"] == 7 and about["encoder_layers"] == 1 and about["model"] == DENSE
+    assert about["colours"] == {"0": "#0072b2", "1": "#e69f00"}                 # as in every other picture
+    assert about["kinds"]["class"] == {"letter": "C", "colour": "#56b4e9", "words": "wrong class"}
+    assert set(about["kinds"]) == {*KINDS, "missed"}
     assert [row["id"] for row in listed["images"]] == [str(FIRST + i) for i in range(7)] and listed["pages"] == 1
     assert listed["images"][0] == {"id": "200", "name": "200.png", "width": 72, "height": 64, "errors": None,
                                    "looked_at": False}
@@ -304,6 +309,67 @@ def test_errors_and_their_order(dense, data):
     assert "between 0 and 1" in refusal(port, f"/api/images/{FIRST}/errors?threshold=7", 400)
 
 
+def test_objects_are_those_of_evaluation(tmp_path, checkpoints):
+    """Boxes without an area, too, which the report counts as missed."""
+    data = make_rectangles(tmp_path / "data")
+
+    def add_empty(content):
+        content["annotations"].append({"id": 1, "image_id": FIRST, "category_id": 7, "bbox": [10, 10, 0, 0], "area": 0,
+                                       "iscrowd": 0})
+    write_annotations(data, "val", damaged(read_annotations(data, "val"), add_empty))
+    with serving(checkpoints[DENSE], data) as (port, sight):
+        missed = get(port, f"/api/images/{FIRST}/errors?threshold=1")["missed"]
+    nothing = Found(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), None, None)
+    assert len(missed) == judge(sight.images.dataset.coco, {FIRST: nothing}).missed(1).sum() == 2
+
+
+def test_an_image_of_another_size(tmp_path, checkpoints):
+    """Is not shown with boxes that are not its own; nor would evaluation go on."""
+    data = make_rectangles(tmp_path / "data")
+    path = data / "val2017" / "201.png"
+    Image.open(path).resize((36, 32)).save(path)
+    with serving(checkpoints[DENSE], data) as (port, _):
+        for what in ("picture", "thumbnail", "detections"):
+            said = refusal(port, f"/api/images/201/{what}", 422)
+            assert "201.png has 36 x 32 pixels, but the annotations say 72 x 64" in said and "correct width" in said
+        assert get(port, f"/api/images/{FIRST}/detections")
+
+
+def test_looking_for_errors_survives_an_image(tmp_path, checkpoints, data, monkeypatch, capsys):
+    """Whatever is wrong with it: it is said once, and the others are looked at."""
+    with serving(checkpoints[DENSE], data) as (port, sight):
+        found, asked = sight.found, []
+
+        def fail(key, urgent=True):
+            asked.append(key)
+            if key == "202":
+                raise RuntimeError("out of memory")
+            return found(key, urgent)
+        monkeypatch.setattr(sight, "found", fail)
+        until(lambda: get(port, "/api/images?sort=error")["done"] == 7)
+        last = get(port, "/api/images?sort=error")["images"][-1]
+        until(lambda: sight._worker is None)
+    assert last["id"] == "202" and last["errors"] is None and asked.count("202") == 1
+    assert capsys.readouterr().out.count("image 202: RuntimeError: out of memory") == 1
+
+
+def until(holds, seconds: float = 30.0) -> None:
+    """Wait for something to hold."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never did"
+        time.sleep(0.05)
+
+
+def test_recent_values_are_all_that_is_kept():
+    load_script()
+    from explore_page.images import Recent
+    recent = Recent(2)
+    for key in range(5):
+        assert [recent.get(key, lambda key=key: key) for _ in range(3)] == [key] * 3
+    assert len(recent._values) == 2 and not recent._making
+
+
 def test_many_ask_at_once(served):
     """The model explains one image at a time, whoever asks; what is kept of other images does not mix in."""
     port, sight, _, _ = served
@@ -408,6 +474,45 @@ def test_too_many_bytes(dense):
     assert get(port, "/api/about")
 
 
+def test_uploads_that_do_not_come(dense, monkeypatch):
+    """Those that stall end, so that others may come."""
+    from explore_page import server
+    port, _ = dense
+    monkeypatch.setattr(server, "PATIENCE", 1.0)
+    stalled = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(server.AT_ONCE)]
+    for connection in stalled:
+        connection.sendall(b"POST /api/uploads HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nab")
+    until(lambda: ask(port, "/api/uploads", "POST", png())[0] == 429)
+    for connection in stalled:
+        with connection:
+            answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))         # it hangs up
+        assert b" 408 " in answer.splitlines()[0] and b"did not come within 1 seconds" in answer
+    assert ask(port, "/api/uploads", "POST", png())[0] == 201
+
+
+def test_uploads_are_decoded_two_at_a_time(monkeypatch):
+    load_script()
+    from explore_page.images import Images
+    images, at_once, most, lock = Images(None, [], 3), [0], [0], threading.Lock()
+    decode = images._decode
+
+    def slowly(content):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.1)
+        with lock:
+            at_once[0] -= 1
+        return decode(content)
+    monkeypatch.setattr(images, "_decode", slowly)
+    threads = [threading.Thread(target=images.upload, args=(png(20 + i),)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(images.uploads) == 5 and most == [2]
+
+
 # What nobody gets.
 
 LEAVING = ["/../../etc/passwd", "/image/../../etc/passwd", "/api/images/../../../../etc/passwd/picture",
@@ -479,6 +584,8 @@ def test_a_server_for_others():
     for host in ("box:80", "10.0.0.1", "[fe80::1]:80", "localhost", socket.gethostname()):
         assert guard.knows(host)
     assert not guard.knows("evil.example")
+    guard = Guard(None, "MyBox.lan")
+    assert guard.knows("MyBox.lan:8000") and guard.knows("mybox.lan:8000") and not guard.knows("mybox")
 
 
 @pytest.mark.parametrize("headers", [
@@ -536,10 +643,12 @@ def run(*argv: str) -> None:
     (["--coco_path", "a", "--data", "b"], "give one of them"),
     (["--coco_path", "nowhere"], "there is no such folder"),
     (["--images_in", "a"], "give --data or --coco_path too"),
+    (["--split", "test"], "--split test is about the images of a data set; give --data or --coco_path too"),
     (["--port", "99999"], "0 to 65535"),
     (["--host", "203.0.113.7"], "an address of this machine"),
 ])
-def test_what_the_command_line_refuses(checkpoints, argv, message):
+def test_what_the_command_line_refuses(checkpoints, argv, message, monkeypatch):
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)     # what is not refused ends, too
     with pytest.raises((ValueError, OSError), match=message):
         run("--resume", str(checkpoints[DENSE]), *argv)
 

@@ -9,6 +9,8 @@ import pytest
 from small_data import make_rectangles
 from test_explore import DEFORMABLE, DENSE, FIRST, get, make_checkpoint, make_checkpoint_with, png, png_header, serving
 
+from datasets.errors import SIGNS
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[explore,dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
@@ -167,6 +169,26 @@ def test_a_box_is_clicked(opened, dense):
     assert [one.inner_text() for one in chosen] == ["1", "2"]                   # as they were
 
 
+def test_a_box_is_clicked_while_another_image_loads(opened, dense):
+    """What was asked of the one is not drawn on the other."""
+    page, held = opened(dense), []
+    ready(page)
+    page.locator("#threshold").fill("0")
+    page.click("#thumbnails li:nth-child(4) button")
+    until(lambda: text(page, "title").startswith("203.png"))
+    alone = settled(page)
+    page.click("#thumbnails li:nth-child(1) button")
+    until(lambda: text(page, "title").startswith("200.png"))
+    page.route("**/api/images/203/detections", lambda route: held.append(route))
+    page.click("#thumbnails li:nth-child(4) button")
+    page.click("#detections li:nth-child(1) button")
+    page.wait_for_selector("#heads button")
+    held[0].continue_()
+    until(lambda: text(page, "title").startswith("203.png"))
+    assert settled(page) == alone and page.locator("#attention").is_hidden()
+    assert page.locator("#detections [aria-pressed=true]").count() == 0
+
+
 def test_the_heat_is_where_the_weights_are(opened, dense):
     """The brightest cell of the picture is the heaviest one of the map."""
     page = opened(dense)
@@ -244,6 +266,13 @@ def test_ground_truth_and_order(opened, dense):
     said = get(dense, f"/api/images/{FIRST}/errors")
     assert settled(page) != before
     legend = text(page, "legend")
+    shown = page.evaluate("""[...document.querySelectorAll('#legend span')].map((line) => [line.textContent,
+        getComputedStyle(line.firstChild).borderTopColor])""")
+    for kind, count in said["counts"].items():
+        sign = SIGNS[kind]
+        words = f"{count} {sign.words}" + (f" ({sign.letter})" if sign.letter else "")
+        colour = ", ".join(str(int(sign.colour[k:k + 2], 16)) for k in (1, 3, 5))
+        assert ([words, f"rgb({colour})"] in shown) == (count > 0), (words, shown)
     assert f"{len(said['missed'])} missed" in legend or not said["missed"]
     assert sum(int(word) for word in legend.split() if word.isdigit()) == len(said["kinds"]) + len(said["missed"])
     page.locator("#threshold").fill("1")

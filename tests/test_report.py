@@ -12,7 +12,7 @@ from test_errors import pycocotools
 
 import main
 from datasets.coco_eval import CocoEvaluator
-from datasets.errors import judge
+from datasets.errors import SIGNS, judge
 from datasets.report import page, write_report
 from detr.structures import Category
 from detr.visualize import viewable
@@ -170,6 +170,15 @@ def test_any_data_has_a_page(change):
     assert len(reader.tables["Classes"]) == 1 + len(coco.cats)
     assert (images.read == []) == (change == "perfect")
     assert ("details" in reader.tags) == (change in ("many classes", "30 classes"))
+
+
+def test_colours_are_those_of_every_other_page():
+    coco, found = small_detections(1, images=30, crowds=0.1)
+    evaluator, results = evaluated(coco, found)
+    text = page(evaluator, results, Images(found), viewable, threshold=0.3, worst=30)
+    drawn = set(re.findall(r"<title>([^:<]*)[^<]*</title><rect [^>]*/><rect [^>]* stroke='(#\w+)'", text))
+    assert drawn == {(sign.words, sign.colour) for sign in SIGNS.values()}
+    assert len({sign.colour for sign in SIGNS.values()}) == len({sign.words for sign in SIGNS.values()}) == len(SIGNS)
 
 
 def test_an_image_that_is_gone_is_said():

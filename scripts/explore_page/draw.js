@@ -1,16 +1,5 @@
 // What is drawn on canvases: boxes, heat, sampling points, paths.
 
-// Okabe and Ito's colours, which are told apart with any kind of colour vision; black is left to outlines.
-export const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
-
-// Kinds of errors: colour, and the word that is shown with it, so that colour is never alone.
-export const KINDS = {
-  correct: ["#009e73", "correct"], localisation: ["#56b4e9", "badly placed"], class: ["#e69f00", "wrong class"],
-  both: ["#cc79a7", "wrong class, badly placed"], duplicate: ["#f0e442", "duplicate"],
-  background: ["#d55e00", "nothing there"], ignored: ["#a8b0b6", "ignored region"],
-};
-export const MISSED = "#d55e00";
-
 const VIRIDIS = [[68, 1, 84], [72, 31, 112], [68, 57, 131], [59, 82, 139], [49, 104, 142], [40, 124, 142], [33, 145, 140],
   [32, 164, 134], [53, 183, 121], [94, 201, 98], [144, 215, 67], [200, 224, 32], [253, 231, 37]];
 
@@ -18,10 +7,6 @@ export function viridis(value) {
   const place = Math.min(Math.max(value, 0), 1) * (VIRIDIS.length - 1);
   const low = Math.min(Math.floor(place), VIRIDIS.length - 2);
   return VIRIDIS[low].map((c, k) => Math.round(c + (VIRIDIS[low + 1][k] - c) * (place - low)));
-}
-
-export function labelColour(label) {
-  return COLOURS[label % COLOURS.length];
 }
 
 // Black or white, whichever contrasts more.

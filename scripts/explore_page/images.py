@@ -52,11 +52,11 @@ class Recent:
         with self._lock:
             making = self._making.setdefault(key, threading.Lock())
         with making:
-            with self._lock:
-                if key in self._values:
-                    self._values.move_to_end(key)
-                    return self._values[key]
             try:
+                with self._lock:
+                    if key in self._values:
+                        self._values.move_to_end(key)
+                        return self._values[key]
                 value = make()
                 with self._lock:
                     self._values[key] = value
@@ -116,7 +116,8 @@ class Images:
 
     def upload(self, content: bytes) -> str:
         """Keep an image, and say its id. What is no image, or too large, is refused by its content and its header."""
-        picture = self._decode(content)
+        with self._decoders:
+            picture = self._decode(content)
         key = "u" + secrets.token_hex(8)
         with self._lock:
             self._uploaded += 1
@@ -136,7 +137,6 @@ class Images:
         with self._reading:                                     # made on first use
             rows = self.dataset.coco.imgToAnns.get(self.dataset.ids[place], [])
         label = {category.id: category.label for category in self.dataset.categories}
-        rows = [row for row in rows if min(row["bbox"][2:]) > 0]
         boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return Truth(boxes, torch.tensor([label[row["category_id"]] for row in rows], dtype=torch.int64),
@@ -160,9 +160,15 @@ class Images:
                 raise Refused(403, f"image {key} lies outside of the folder of the data set, behind a link or '..'; it "
                                    f"is not read, unless --images_in names its folder")
             try:
-                return self.dataset.image(place)
+                picture = self.dataset.image(place)
             except OSError as error:
                 raise Refused(422, str(error)) from error
+        there, said = height_width(picture), tuple(self.dataset.sizes[place].tolist())
+        if there != said:
+            raise Refused(422, f"{self.dataset.files[place]} has {there[1]} x {there[0]} pixels, but the annotations say "
+                               f"{said[1]} x {said[0]}, so its boxes would be misplaced; correct width, height and "
+                               f"boxes, or copy the file there that was annotated")
+        return picture
 
     def _decode(self, content: bytes) -> Picture:
         if self.channels not in (1, 3):

@@ -119,7 +119,8 @@ async function open(id) {
     loading.catch(() => {});                                        // what the server says of it tells more
     const image = await ask(`/api/images/${id}/detections`), picture = await loading;
     if (mine !== opening) return;
-    Object.assign(state, { image, picture, errors: null });
+    asking++;                                   // what was chosen meanwhile, on the image before, is not of this one
+    Object.assign(state, { image, picture, errors: null, chosen: null });
     history.replaceState(null, "", `#${id}`);
     $("stage-note").textContent = "";
     $("truth").disabled = image.truth === null;
@@ -197,9 +198,9 @@ function showLegend() {
     mark.style.borderColor = colour;
     return element("span", {}, mark, text);
   };
-  const rows = Object.entries(draw.KINDS).filter(([kind]) => errors.counts[kind])
-    .map(([kind, [colour, word]]) => line(colour, false, `${errors.counts[kind]} ${word}`));
-  if (errors.missed.length) rows.push(line(draw.MISSED, true, `${errors.missed.length} missed`));
+  const rows = Object.entries(state.about.kinds).filter(([kind]) => errors.counts[kind])
+    .map(([kind, { letter, colour, words }]) => line(colour, kind === "missed",
+      `${errors.counts[kind]} ${words}${letter && ` (${letter})`}`));
   legend.replaceChildren(line("#8a949b", true, "ground truth"), ...rows);
 }
 
@@ -246,6 +247,11 @@ function unchoose() {
   show();
 }
 
+// What kind of error a detection is, where the ground truth is shown: {letter, colour, words}.
+function kindOf(one) {
+  return state.truth ? state.about.kinds[state.errors?.of.get(state.image.detections.indexOf(one))] : null;
+}
+
 function visible() {
   return state.image ? state.image.detections.filter((one) => one.score >= state.threshold) : [];
 }
@@ -277,6 +283,10 @@ function show() {
   showPanel();
   showAttention();
   showLegend();
+}
+
+function labelColour(one) {
+  return state.about.colours[one.label];
 }
 
 function caption(one) {
@@ -322,26 +332,26 @@ function hint() {
 }
 
 function showBoxes(context, scale, size, taken) {
-  const { image, errors } = state, judged = state.truth && image.truth, shown = visible();
+  const { image, errors } = state, judged = state.truth && image.truth, shown = visible(), { missed } = state.about.kinds;
   if (judged) {
-    const found = new Set(errors ? errors.missed : []);
+    const lost = new Set(errors ? errors.missed : []);
     image.truth.forEach((object, k) => {
-      const colour = found.has(k) ? draw.MISSED : "#ffffff";
+      const colour = lost.has(k) ? missed.colour : "#ffffff";
       draw.drawBox(context, object.box, colour, scale, { dash: [7, 5], width: 2, alpha: object.crowd ? 0.5 : 1 });
     });
   }
-  const colour = (one) => (judged ? draw.KINDS[errors?.of.get(image.detections.indexOf(one))]?.[0] || "#a8b0b6"
-    : draw.labelColour(one.label));
+  const colour = (one) => (judged ? kindOf(one)?.colour || "#a8b0b6" : labelColour(one));
   for (const one of [...shown].reverse()) draw.drawBox(context, one.box, colour(one), scale);
   if (shown.length > 40) return;                                    // they would hide the picture; the list has them
   for (const one of shown) {
-    const kind = judged ? errors?.of.get(image.detections.indexOf(one)) : null;
-    const said = kind && kind !== "correct" ? `${caption(one)} · ${draw.KINDS[kind][1]}` : caption(one);
+    const kind = judged && kindOf(one);
+    const said = kind && kind !== state.about.kinds.correct ? `${caption(one)} · ${kind.words}` : caption(one);
     draw.drawCaption(context, said, one.box, colour(one), scale, size, taken);
   }
   if (judged && errors) {
     for (const k of errors.missed) {
-      draw.drawCaption(context, `${image.truth[k].name} · missed`, image.truth[k].box, draw.MISSED, scale, size, taken);
+      draw.drawCaption(context, `${image.truth[k].name} · ${missed.words}`, image.truth[k].box, missed.colour, scale, size,
+        taken);
     }
   }
 }
@@ -368,10 +378,9 @@ function showPanel() {
   $("count").dataset.boxes = shown.length;
   $("truth-label").hidden = !state.about?.images;
   $("detections").replaceChildren(...shown.slice(0, 100).map((one) => {
-    const kind = state.truth ? state.errors?.of.get(state.image.detections.indexOf(one)) : null;
-    const colour = kind ? draw.KINDS[kind][0] : draw.labelColour(one.label);
+    const kind = kindOf(one), colour = kind ? kind.colour : labelColour(one);
     const button = element("button", { onclick: () => choose({ detection: one }) }, draw.swatch(colour),
-      element("span", { textContent: one.name }), element("small", { textContent: kind ? draw.KINDS[kind][1] : "" }),
+      element("span", { textContent: one.name }), element("small", { textContent: kind ? kind.words : "" }),
       element("span", { textContent: one.score.toFixed(2) }));
     button.setAttribute("aria-pressed", String(one === state.chosen?.detection));
     return element("li", {}, button);

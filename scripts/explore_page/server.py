@@ -4,6 +4,7 @@ Nothing here takes a path. An error is one line of json, ``{"error": "..."}``, w
 """
 from __future__ import annotations
 
+import asyncio
 import io
 import ipaddress
 import secrets
@@ -37,6 +38,7 @@ PAGE = 24                           # images of the list at a time
 SHOWN = 2048                        # pixels of the long side of what the browser gets, at most
 SMALL = 160
 AT_ONCE = 3                         # uploads that may be under way
+PATIENCE = 60.0                     # seconds that an upload may take to come
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
                                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -47,94 +49,117 @@ REMEMBERED = {"Cache-Control": "private, max-age=3600"}         # of addresses t
 
 def make_app(sight: Sight, images: Images, host: str = "127.0.0.1", data: str = "") -> ASGIApp:
     """The server for requests to ``host``, the name or address that it listens on; ``data`` names the data set."""
-    token, smalls, under_way = secrets.token_hex(4), Recent(400), [0]
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(sight.stop)
 
-    def about(request: Request) -> Response:
-        return JSONResponse({**sight.about(), "data": data, "images": len(images.by_name), "threshold": sight.threshold,
-                             "iou": sight.iou, "token": token, "most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS,
-                             "uploads": UPLOADS, "takes_uploads": images.channels in (1, 3)})
+    app = Starlette(routes=[*(Route(path, static(*file)) for path, file in FILES.items()),
+                            *Addresses(sight, images, data).routes()], lifespan=lifespan, exception_handlers={
+        Refused: refused, HTTPException: no_such, ClientDisconnect: gone, Exception: failed})
+    app.router.redirect_slashes = False
+    return Guard(app, host)                     # around all of it, so that no answer goes without the headers
 
-    def some(request: Request) -> Response:
+
+class Addresses:
+    """What is said of a data set and its images at each address; ``data`` names the data set."""
+
+    def __init__(self, sight: Sight, images: Images, data: str = "") -> None:
+        self.sight, self.images, self.data = sight, images, data
+        self.token, self._smalls, self._under_way = secrets.token_hex(4), Recent(400), 0
+
+    def routes(self) -> list[Route]:
+        """All addresses."""
+        key = "/api/images/{key}"
+        return [Route("/api/about", self.about), Route("/api/images", self.some),
+                Route("/api/uploads", self.upload, methods=["POST"]), Route(f"{key}/neighbour", self.neighbour),
+                Route(f"{key}/picture", self.picture), Route(f"{key}/thumbnail", self.thumbnail),
+                Route(f"{key}/detections", self.detections), Route(f"{key}/errors", self.errors),
+                Route(f"{key}/query/{{query:int}}", self.query), Route(f"{key}/point", self.point)]
+
+    def about(self, request: Request) -> Response:
+        """What the page has to know before it shows anything."""
+        return JSONResponse({
+            **self.sight.about(), "data": self.data, "images": len(self.images.by_name), "iou": self.sight.iou,
+            "threshold": self.sight.threshold, "token": self.token, "most_bytes": MOST_BYTES, "most_pixels": MOST_PIXELS,
+            "uploads": UPLOADS, "takes_uploads": self.images.channels in (1, 3)})
+
+    def some(self, request: Request) -> Response:
+        """A page of the list of images, by name or the worst first, and all uploads."""
         by_error = choice(request, "sort", ("name", "error")) == "error"
-        order, done = sight.worst_first() if by_error else (images.by_name, 0)
+        order, done = self.sight.worst_first() if by_error else (self.images.by_name, 0)
         pages = max(1, -(-len(order) // PAGE))
         page = min(number(request, "page", int, 0), pages - 1)
         if page < 0:
             raise Refused(400, f"page is {page}; 0 to {pages - 1} are there")
-        rows = [{**images.row(key), "errors": sight.errors.get(key), "looked_at": key in sight.errors}
+        known = self.sight.errors
+        rows = [{**self.images.row(key), "errors": known.get(key), "looked_at": key in known}
                 for key in order[page * PAGE:(page + 1) * PAGE]]
         return JSONResponse({"images": rows, "page": page, "pages": pages, "done": done, "of": len(order),
-                             "uploads": [images.row(key) for key in images.uploads]})
+                             "uploads": [self.images.row(key) for key in self.images.uploads]})
 
-    def neighbour(request: Request) -> Response:
+    def neighbour(self, request: Request) -> Response:
         """The image before or after one, in the order of the list."""
         key, step = request.path_params["key"], number(request, "step", int, 1)
-        order = images.by_name
+        order = self.images.by_name
         if choice(request, "sort", ("name", "error")) == "error":
-            order, _ = sight.worst_first()
-        order = [*images.uploads, *order]
+            order, _ = self.sight.worst_first()
+        order = [*self.images.uploads, *order]
         place = order.index(key) + step if key in order else 0
         return JSONResponse({"id": order[place] if 0 <= place < len(order) else None})
 
-    def picture(request: Request) -> Response:
-        shown = viewable(images.picture(request.path_params["key"]))
+    def picture(self, request: Request) -> Response:
+        """An image as a browser can show it."""
+        shown = viewable(self.images.picture(request.path_params["key"]))
         if max(shown.size) > SHOWN:
             shown = shown.copy()
             shown.thumbnail((SHOWN, SHOWN))
         small = shown.width * shown.height <= 512 * 512
         return as_image(shown, "PNG" if small else "JPEG")
 
-    def thumbnail(request: Request) -> Response:
+    def thumbnail(self, request: Request) -> Response:
+        """A small picture of an image."""
         def make() -> Response:
-            shown = viewable(images.picture(key, keep=False)).copy()
+            shown = viewable(self.images.picture(key, keep=False)).copy()
             shown.thumbnail((2 * SMALL, SMALL))
             return as_image(shown, "JPEG")
 
         key = request.path_params["key"]
-        return smalls.get(key, make)
+        return self._smalls.get(key, make)
 
-    def detections(request: Request) -> Response:
-        return JSONResponse(sight.detections(request.path_params["key"]))
+    def detections(self, request: Request) -> Response:
+        """``Sight.detections``."""
+        return JSONResponse(self.sight.detections(request.path_params["key"]))
 
-    def errors(request: Request) -> Response:
-        threshold = number(request, "threshold", float, sight.threshold)
+    def errors(self, request: Request) -> Response:
+        """``Sight.mistakes``."""
+        threshold = number(request, "threshold", float, self.sight.threshold)
         if not 0 <= threshold <= 1:
             raise Refused(400, f"threshold is {threshold}; scores are between 0 and 1")
-        return JSONResponse(sight.mistakes(request.path_params["key"], threshold))
+        return JSONResponse(self.sight.mistakes(request.path_params["key"], threshold))
 
-    def query(request: Request) -> Response:
-        return JSONResponse(sight.of_query(request.path_params["key"], request.path_params["query"]))
+    def query(self, request: Request) -> Response:
+        """``Sight.of_query``."""
+        return JSONResponse(self.sight.of_query(request.path_params["key"], request.path_params["query"]))
 
-    def point(request: Request) -> Response:
-        return JSONResponse(sight.of_point(request.path_params["key"], number(request, "x", float),
-                                           number(request, "y", float)))
+    def point(self, request: Request) -> Response:
+        """``Sight.of_point``."""
+        return JSONResponse(self.sight.of_point(request.path_params["key"], number(request, "x", float),
+                                                number(request, "y", float)))
 
-    async def upload(request: Request) -> Response:
-        if under_way[0] >= AT_ONCE:
+    async def upload(self, request: Request) -> Response:
+        """Keep an image, and say its id."""
+        if self._under_way >= AT_ONCE:
             raise Refused(429, f"{AT_ONCE} uploads are under way; try again when they are done")
-        under_way[0] += 1
+        self._under_way += 1
         try:
-            content = await body(request, MOST_BYTES)
-            return JSONResponse(images.row(await run_in_threadpool(images.upload, content)), 201)
+            content = await asyncio.wait_for(received(request, MOST_BYTES), PATIENCE)
+            return JSONResponse(self.images.row(await run_in_threadpool(self.images.upload, content)), 201)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the file did not come within {PATIENCE:g} seconds; try again, or make it smaller "
+                               f"first") from None
         finally:
-            under_way[0] -= 1
-
-    key = "/api/images/{key}"
-    routes = [Route(path, static(*file)) for path, file in FILES.items()]
-    routes += [Route("/api/about", about), Route("/api/images", some), Route("/api/uploads", upload, methods=["POST"]),
-               Route(f"{key}/neighbour", neighbour), Route(f"{key}/picture", picture),
-               Route(f"{key}/thumbnail", thumbnail), Route(f"{key}/detections", detections),
-               Route(f"{key}/errors", errors), Route(f"{key}/query/{{query:int}}", query), Route(f"{key}/point", point)]
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(sight.stop)
-
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={
-        Refused: refused, HTTPException: no_such, ClientDisconnect: gone, Exception: failed})
-    app.router.redirect_slashes = False
-    return Guard(app, host)                     # around all of it, so that no answer goes without the headers
+            self._under_way -= 1
 
 
 def as_image(picture: Image.Image, kind: str) -> Response:
@@ -171,11 +196,11 @@ def choice(request: Request, name: str, options: tuple[str, ...]) -> str:
     return text
 
 
-async def body(request: Request, most: int) -> bytes:
+async def received(request: Request, most: int) -> bytes:
     """What is sent, as long as it is no more than ``most`` bytes; what comes behind them is never read."""
     too_large = Refused(413, f"the file is larger than {most / 1e6:g} MB, the limit of an upload; make it smaller first")
-    said = request.headers.get("content-length", "0")
-    if not said.isdecimal() or int(said) > most:
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or int(announced) > most:
         raise too_large
     content = bytearray()
     async for part in request.stream():
@@ -208,7 +233,8 @@ async def failed(request: Request, error: Exception) -> Response:
 
 def said(status: int, message: str) -> Response:
     """An error as one line."""
-    return JSONResponse({"error": " ".join(message.split())}, status, {"Connection": "close"} if status == 413 else None)
+    return JSONResponse({"error": " ".join(message.split())}, status,
+                        {"Connection": "close"} if status in (408, 413) else None)        # the rest of a file is not read
 
 
 class Guard:
@@ -220,7 +246,8 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
-        self.app, self.names, self.any_address = app, {"127.0.0.1", "localhost", "::1", host}, not is_loopback(host)
+        self.app, self.any_address = app, not is_loopback(host)
+        self.names = {"127.0.0.1", "localhost", "::1", host.lower().rstrip(".")}
         if self.any_address:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
@@ -272,4 +299,4 @@ def is_address(name: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether other machines cannot reach ``host``."""
-    return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback

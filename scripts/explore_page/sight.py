@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.errors import errors_of
+from datasets.errors import SIGNS, errors_of
 from detr.attention_maps import DeformableAttention, DenseAttention, Explanation
 from detr.boxes import box_cxcywh_to_xyxy
 from detr.loading import Detector
 from detr.preprocessing import height_width
 from detr.structures import Detections
+from detr.visualize import class_colour
 
 from .images import Images, Recent, Refused, Truth
 
@@ -62,10 +63,12 @@ class Sight:
         self._worker: threading.Thread | None = None
 
     def about(self) -> dict[str, Any]:
-        """What the page has to know of the model."""
+        """What the page has to know of the model, and how labels and kinds of errors are shown everywhere."""
         model: Any = getattr(self.detector.model, "detr", self.detector.model)
         return {"model": self.detector.name, "encoder_layers": len(model.transformer.encoder.layers),
-                "decoder_layers": len(model.transformer.decoder.layers)}
+                "decoder_layers": len(model.transformer.decoder.layers),
+                "colours": {label: "#{:02x}{:02x}{:02x}".format(*class_colour(label)) for label in self.detector.names},
+                "kinds": {kind: sign._asdict() for kind, sign in SIGNS.items()}}
 
     # Detections and errors.
 
@@ -145,10 +148,14 @@ class Sight:
                     total = self._errors(self.found(key, urgent=False), truth, self.threshold).total
                 except Refused:
                     total = None
+                except Exception as error:                      # or the next poll would try this image again, for ever
+                    total = None
+                    print(f"image {key}: {type(error).__name__}: {error}; it goes to the end of the order", flush=True)
                 with self._lock:
                     self.errors[key] = total
         finally:
-            self._worker = None
+            with self._lock:
+                self._worker = None
 
     def stop(self) -> None:
         """End what is done in the background, after the image that it is at."""

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.annotations import index
 from datasets.fast_coco_eval import JUDGES, FastCOCOeval, Found, why_not_fast
+from detr.boxes import box_xyxy_to_xywh
 from detr.checkpoint import write_whole
 from detr.distributed import gather_objects, is_main
 from detr.structures import Category, Detections
@@ -88,7 +89,7 @@ class CocoEvaluator:
                              f"for other classes")
         ids = self._ids[labels]
         self._without_class.update(label for label in labels[ids < 0].tolist() if label not in self._stuff)
-        boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
+        boxes_xywh = box_xyxy_to_xywh(boxes_xyxy)
         counts, size = self._run_lengths(image_id, detections, len(labels)) if self.masks else (None, None)
         if (without := ids < 0).any():
             boxes_xywh, scores, ids = boxes_xywh[~without], scores[~without], ids[~without]

@@ -6,18 +6,15 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL import TiffImagePlugin as tiff
 
-from detr.preprocessing import Picture, in_colours, scaled, to_8_bits
+from detr.preprocessing import DAMAGED, Picture, in_colours, scaled, to_8_bits, too_large
 from detr.preprocessing import height_width as height_width
 
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, struct.error,   # Pillow's and NumPy's
-            TokenError, Image.DecompressionBombError)
 _ORIENTATION = ExifTags.Base.Orientation
 _PREDICTS = (5, 8, 32946, 34925, 50000)                            # LZW, deflate, deflate, LZMA, ZSTD
 _LOSSLESS = (1, 32773, *_PREDICTS)                                 # nothing, PackBits
@@ -60,6 +57,8 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
         kind = "JPEG or PNG" if channels in (1, 3) else ".npy, an array [height, width, channels]"
         raise OSError(f"image {path} ({size} bytes) is not in a format that Pillow reads; copy it "
                       f"again, convert it to {kind}, or take it out") from None
+    except Image.DecompressionBombError as error:
+        raise too_large(path, error) from error
     except DAMAGED as error:
         raise OSError(f"image {path} ({size} bytes) cannot be read: {error}; if it is damaged or cut "
                       f"short, copy it again or take it out") from error

@@ -122,8 +122,8 @@ class Explanation:
         """Where the encoder looked from pixel (x, y), ``[H, W]``: the token of ``from_level`` there; see ``heat`` of
         ``encoder[layer]``."""
         if not self.encoder:
-            raise IndexError("this model has no encoder layers, or explain(encoder=False) left them out: no encoder looked "
-                             "anywhere")
+            raise IndexError("this model has no encoder layers, or explain(encoder=False) left them out: it looked "
+                             "nowhere")
         check("layer", layer, len(self.encoder), "of the encoder")
         return self.encoder[layer].heat(self.token(*self.cell(x, y, from_level), from_level), head, level)
 

@@ -32,8 +32,8 @@ def heat_over(image: Image.Image | Tensor, heat: Tensor, box_xyxy: Tensor | None
     ValueError for heat that is no map of finite numbers, and TypeError for what is no picture.
     """
     if not isinstance(image, (Image.Image, Tensor)):
-        raise TypeError(f"heat_over: the picture is a {type(image).__name__}; give a PIL image, such as Image.open(path), "
-                        f"or a uint8 tensor [C, H, W]")
+        raise TypeError(f"heat_over: the picture is a {type(image).__name__}; give a PIL image, such as "
+                        f"Image.open(path), or a uint8 tensor [C, H, W]")
     if heat.ndim != 2 or not heat.numel() or not heat.isfinite().all():
         raise ValueError(f"heat {list(heat.shape)}: a map [H, W] of finite numbers is needed")
     picture, factor = enlarged(image, min_side)

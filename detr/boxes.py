@@ -23,6 +23,11 @@ def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
 
 
+def box_xyxy_to_xywh(boxes_xyxy: Tensor) -> Tensor:
+    """``[..., 4]`` corners -> ``[..., 4]`` left, top, width, height, as COCO writes boxes."""
+    return torch.cat([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]], dim=-1)
+
+
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """Areas ``[...]`` of corner boxes ``[..., 4]``."""
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,19 +22,20 @@ from .distributed import say
 from .panoptic import PanopticPrediction
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Picture, Preprocessing, as_picture, height_width, normalisation
 from .settings import Settings, classes_that_fit, decide
-from .structures import Category, Detections, Outputs
-from .tiles import in_tiles, selected
+from .structures import Category, Detections, Outputs, selected
+from .tiles import in_tiles, places
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 """What a detector takes for an image; see ``preprocessing.as_picture``."""
 
 
 class NamedDetections(Detections):
-    """Detections with the names of their classes."""
+    """Detections with what the data calls their classes; ``labels`` are the model's, counted from 0."""
     names: list[str]                # [n]
+    ids: list[int]                  # [n] the data's own, as in its files and in what predict.py writes
 
 
-class Seen(NamedTuple):
+class Answers(NamedTuple):
     """What a model says of a batch."""
     outputs: Outputs
     sizes: Tensor                   # [B, 2] (height, width) of the images
@@ -74,13 +76,15 @@ class Detector(nn.Module):
     @torch.no_grad()
     def predict(self, images: AnyImage | Sequence[AnyImage], threshold: float = 0.0, batch_size: int = 1,
                 classes: str | int | Sequence[str | int] | None = None, nms: float | None = None,
-                one_label_per_query: bool = False, tile: int | None = None, overlap: float = 0.2,
-                whole: bool = False) -> list[NamedDetections]:
+                one_label_per_query: bool = False, tile: int | None = None, overlap: float = 0.2, whole: bool = False,
+                names: Sequence[str] | None = None,
+                without_class: Counter[int] | None = None) -> list[NamedDetections]:
         """What is on one image, or on each of several: paths, PIL images, uint8 arrays ``[H, W, C]`` or tensors
         ``[C, H, W]`` in RGB. Calling the detector does the same.
 
         Returns for each image a dict, on the CPU, of the detections with a score of at least ``threshold``: ``scores``
-        [n], ``labels`` [n], ``names``, ``boxes`` [n, 4] as corners (left, top, right, bottom) in its pixels, not clipped;
+        [n], ``labels`` [n], ``names`` and the data's ``ids`` of these, ``queries`` [n], the query that each came from (of
+        ``tile`` not), ``boxes`` [n, 4] as corners (left, top, right, bottom) in its pixels, not clipped;
         of mask models ``masks``, a COCO run-length code each, whose making takes most of the time where ``threshold`` is
         low. Detections of labels that the data does not use are left out, as in evaluation. ``batch_size`` images are
         padded to one size and go through the model together. With nothing else chosen, detections are evaluation's.
@@ -95,14 +99,23 @@ class Detector(nn.Module):
         resized as an image is. ``whole`` adds the whole image as one more tile, for objects that are not small. Of
         panoptic models ``nms`` and ``tile`` are refused: ground and sky are no objects to join or to count.
 
+        ``names``: what messages call the images, instead of their paths or places. ``without_class`` counts, by label,
+        the detections that are left out because the data does not use their label, those of each tile.
+
         Raises ValueError for arguments that cannot be, naming them, and where the outputs are not finite.
         """
         several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) else list(images)
         self._check(threshold, batch_size, nms, tile, overlap, whole)
         used, kept = set(self.names), self._labels(classes)
+        if names is None:
+            names = [str(image) if isinstance(image, (str, Path)) else f"image {k}" for k, image in enumerate(several)]
+        elif len(names) != len(several):
+            raise ValueError(f"{len(names)} names for {len(several)} images; give one for each, or none")
         found: list[Detections] = []
 
         def choose(one: Detections) -> Detections:
+            if without_class is not None:
+                without_class.update(label for label in one["labels"].tolist() if label not in used)
             one = of_labels(one, used)
             one = best_of_queries(one) if one_label_per_query else one
             return finish(one) if tile is None else one
@@ -119,13 +132,12 @@ class Detector(nn.Module):
         together = batch_size if tile is None else 1
         for start in range(0, len(several), together):
             batch = several[start:start + together]
-            names = [str(image) if isinstance(image, (str, Path)) else f"image {place}"
-                     for place, image in enumerate(batch, start)]
+            called = names[start:start + together]
             pictures = [as_picture(image, self.channels) for image in batch]
             if tile is None:
-                found += detect(names, pictures)
+                found += detect(called, pictures)
             else:
-                of_tiles = functools.partial(detect, names)
+                of_tiles = functools.partial(detect, called)
                 found.append(finish(in_tiles(pictures[0], of_tiles, tile, overlap, batch_size, whole)))
         return [self._named(one) for one in found]
 
@@ -136,21 +148,20 @@ class Detector(nn.Module):
         its boxes move; see ``detr.attention_maps``. Pixels are those of the image, a file's turned upright. Without
         ``encoder`` its attention is left out, which takes most of the memory.
 
-        ``explanation.outputs`` are the model's, from which ``postprocessors["bbox"]`` makes detections that know their
-        queries.
+        ``queries`` of what ``predict`` finds are those that the explanation is asked about.
         """
         picture = as_picture(image, self.channels)
         return explain(self.model, self.preprocessing(picture), height_width(picture), encoder=encoder)
 
     @torch.no_grad()
-    def look(self, images: Sequence[Picture]) -> Seen:
+    def look(self, images: Sequence[Picture]) -> Answers:
         """Images as ``as_picture`` gives them, padded to one batch."""
         device = next(self.model.parameters()).device
         fed = [self.preprocessing(image).to(device) for image in images]
-        return Seen(self.model(fed), torch.tensor([height_width(image) for image in images], device=device),
+        return Answers(self.model(fed), torch.tensor([height_width(image) for image in images], device=device),
                     torch.tensor([image.shape[-2:] for image in fed], device=device))
 
-    def detections(self, seen: Seen, threshold: float = 0.0,
+    def detections(self, seen: Answers, threshold: float = 0.0,
                    choose: Callable[[Detections], Detections] | None = None) -> list[Detections]:
         """The detections of each image whose score is at least ``threshold``, of any label, on the CPU. ``choose`` may
         leave some out, before masks are made of the others."""
@@ -159,16 +170,16 @@ class Detector(nn.Module):
             found = [choose(one) for one in found]
         if "segm" in self.postprocessors:
             found = self.postprocessors["segm"](found, seen.outputs, seen.sizes, seen.fed)
-        on_cpu: list[Any] = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in one.items()
-                              if name != "queries"} for one in found]
+        on_cpu: list[Any] = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in one.items()}
+                             for one in found]
         return on_cpu
 
-    def maps(self, seen: Seen, threshold: float) -> list[PanopticPrediction]:
+    def maps(self, seen: Answers, threshold: float) -> list[PanopticPrediction]:
         """The panoptic map of each image, of the image's size, made of queries whose score is above ``threshold``."""
         self.postprocessors["panoptic"].threshold = threshold
         return self.postprocessors["panoptic"](seen.outputs, seen.fed, seen.sizes)
 
-    def check_finite(self, seen: Seen, images: Sequence[str]) -> None:
+    def check_finite(self, seen: Answers, images: Sequence[str]) -> None:
         """Raises ValueError for the first image of a batch whose outputs are not numbers, which thresholds would pass
         over. Logits may be -inf: what has no chance."""
         outputs = seen.outputs
@@ -179,8 +190,9 @@ class Detector(nn.Module):
                                  f"finite; look for the same in the weights of {self.source}")
 
     def _named(self, found: Detections) -> NamedDetections:
-        names = self.names
-        named: NamedDetections = {**found, "names": [names[label] for label in found["labels"].tolist()]}
+        known = {category.label: category for category in self.categories}
+        classes = [known[label] for label in found["labels"].tolist()]
+        named: NamedDetections = {**found, "names": [one.name for one in classes], "ids": [one.id for one in classes]}
         return named
 
     def _labels(self, classes: str | int | Sequence[str | int] | None) -> set[int] | None:
@@ -215,6 +227,8 @@ class Detector(nn.Module):
         if tile is None and (overlap != 0.2 or whole):
             raise ValueError(f"{'whole' if whole else f'overlap {overlap}'} is about tiles, and there are none; give "
                              f"tile=PIXELS, too")
+        if tile is not None:
+            places(1, 1, tile, overlap)                                                         # checks them
         if "panoptic" in self.postprocessors and (nms is not None or tile is not None):
             raise ValueError(f"{'nms' if tile is None else 'tile'} is for models of things that can be counted, and this "
                              f"one is panoptic: its ground and sky are not; leave it out")

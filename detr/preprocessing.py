@@ -1,9 +1,11 @@
 """How a picture becomes a model's input when nothing is left to chance: in evaluation and in prediction."""
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ Size = int | tuple[int, int]                # short side, its proportions kept; 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, OverflowError, struct.error, TokenError,
+           Image.DecompressionBombError)
+"""What Pillow and NumPy raise of files that are damaged."""
 
 
 def resized(height: int, width: int, size: Size, max_size: int | None = None) -> tuple[int, int]:
@@ -159,6 +164,12 @@ def scaled(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
+def too_large(path: str | Path, error: Exception) -> OSError:
+    """What to say of an image that has more pixels than Pillow reads unasked."""
+    return OSError(f"image {path} cannot be read: {error} If it is none, cut it or make it smaller, or "
+                   f"look at it with scripts/predict.py --tile, which reads larger ones")
+
+
 def _from_file(path: Path, channels: int) -> Picture:
     if not path.is_file():
         raise FileNotFoundError(f"image {path} is not there; correct the path or the name")
@@ -169,6 +180,8 @@ def _from_file(path: Path, channels: int) -> Picture:
         with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)                       # reads the pixels, too
             return in_colours(image, channels)
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:  # of damage
+    except Image.DecompressionBombError as error:
+        raise too_large(path, error) from error
+    except DAMAGED as error:
         raise OSError(f"image {path} ({path.stat().st_size} bytes) cannot be read: {error}; copy it again, convert it to "
                       f"JPEG or PNG, or leave it out") from error

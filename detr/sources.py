@@ -12,11 +12,13 @@ from __future__ import annotations
 import codecs
 import glob
 import io
+import lzma
 import os
 import re
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -25,7 +27,8 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image, ImageOps
 
-from .preprocessing import Picture, as_picture
+from .distributed import say
+from .preprocessing import DAMAGED, Picture, as_picture, too_large
 
 FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_FORMATS = (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
@@ -33,6 +36,7 @@ VIDEO_FORMATS = (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"
 MOST_BYTES = 1 << 30                    # of one image in a zip or on standard input
 SILENCE = 30.0                          # seconds after which a stream from the network has ended
 NO_PYAV = "videos and cameras are read and written with PyAV, which is not installed; pip install av"
+PPM = re.compile(rb"P[1-6]\s+(#|[0-9]+\s+[0-9]+\s)")     # the header of PBM, PGM and PPM: text, unlike all others
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 Read = Callable[[Path, "bytes | None", int], Picture]
@@ -72,8 +76,9 @@ def sources(wanted: Sequence[str], read: Read | None = None, formats: Sequence[s
     """What ``wanted`` names, each once: image files, globs and folders, all of whose images come first, sorted by path;
     then, in the order given, zips, videos, ``camera:0``, streams (``rtsp://...``), and standard input, ``-``.
 
-    In folders (and zips), files whose names have no ending of ``formats`` are passed over, and hidden ones; globs may
-    also name zips and videos. Raises FileNotFoundError for what is not there or has no images.
+    In folders (and zips), files whose names have no ending of ``formats`` are passed over, and hidden ones; how many, but
+    for these, is said. Globs may also name zips and videos. Raises FileNotFoundError for what is not there or has no
+    images.
     """
     read = read or read_picture
     files: dict[str, Path] = {}
@@ -108,10 +113,13 @@ def _files_of(source: str, formats: Sequence[str]) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    inside, endings = ((path.iterdir(), formats) if path.is_dir() else
-                       (map(Path, glob.glob(source, recursive=True)), (*formats, ".zip", *VIDEO_FORMATS)))
-    files = sorted(file for file in inside
-                   if file.suffix.lower() in endings and not file.name.startswith(".") and file.is_file())
+    there, endings = ((path.iterdir(), formats) if path.is_dir() else
+                      (map(Path, glob.glob(source, recursive=True)), (*formats, ".zip", *VIDEO_FORMATS)))
+    inside = sorted(file for file in there if not file.name.startswith("."))
+    files = [file for file in inside if file.suffix.lower() in endings and file.is_file()]
+    if path.is_dir() and files:
+        passed = Counter("folder" if file.is_dir() else kind_of(file.name) for file in set(inside) - set(files))
+        _passed_over(source, passed, "name them or use a glob")
     if not files:
         what = ("is a folder without images directly in it" if path.is_dir() else
                 "matches no images" if glob.has_magic(source) else "is not there")
@@ -128,8 +136,24 @@ def read_picture(path: Path, content: bytes | None = None, channels: int = 3) ->
     try:
         with Image.open(io.BytesIO(content)) as image:
             return as_picture(ImageOps.exif_transpose(image), channels)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise too_large(path, error) from error
+    except DAMAGED as error:
         raise OSError(f"image {path} ({len(content)} bytes) cannot be read: {error}") from error
+
+
+def kind_of(name: str) -> str:
+    """Of a file that is no image."""
+    ending = Path(name).suffix.lower()
+    return "video" if ending in VIDEO_FORMATS else "zip" if ending == ".zip" else "other file"
+
+
+def _passed_over(source: str, passed: Counter[str], remedy: str) -> None:
+    """A line about what a source has besides images."""
+    counts = [f"{passed[kind]} {kind}{'s' * (passed[kind] != 1)}" for kind in ("video", "zip", "folder", "other file")
+              if passed[kind]]
+    if counts:
+        say(f"{source}: {' and '.join(filter(None, [', '.join(counts[:-1]), counts[-1]]))} passed over; {remedy}")
 
 
 class Files:
@@ -157,11 +181,15 @@ class Zipped:
         self.problem = ""
         try:
             with zipfile.ZipFile(path) as archive:
-                self.inside = sorted({entry.filename for entry in archive.infolist() if _wanted(entry, formats)})
+                entries = [entry for entry in archive.infolist() if not _hidden(entry)]
+            self.inside = sorted({entry.filename for entry in entries if _wanted(entry, formats)})
         except (zipfile.BadZipFile, NotImplementedError) as error:
             self.problem = f"{path} ({path.stat().st_size} bytes) cannot be read as a zip: {error}; copy or pack it again"
         if not self.inside and not self.problem:
             raise FileNotFoundError(f"{path} is a zip without images, files named *{', *'.join(formats)}")
+        if self.inside:
+            _passed_over(self.name, Counter(kind_of(entry.filename) for entry in entries if not _wanted(entry, formats)),
+                         "unpack what is wanted of them")
         self.length: int | None = len(self.inside) or 1
 
     def items(self, channels: int) -> Iterator[Item]:
@@ -182,19 +210,24 @@ class Zipped:
                           f"unpack the zip and give its folder")
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:  # with a password
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError,
+                RuntimeError, NotImplementedError) as error:                            # with a password; unknown methods
             raise OSError(f"image {self.name}/{name} cannot be read: {error}") from error
 
 
-def _wanted(entry: zipfile.ZipInfo, formats: Sequence[str]) -> bool:
+def _hidden(entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry is a folder, or what systems keep to themselves."""
     name = entry.filename.replace("\\", "/").rsplit("/", 1)[-1]
-    return not entry.is_dir() and not name.startswith(".") and name.lower().endswith(tuple(formats)) \
-        and not entry.filename.startswith("__MACOSX/")
+    return entry.is_dir() or name.startswith(".") or entry.filename.startswith("__MACOSX/")
+
+
+def _wanted(entry: zipfile.ZipInfo, formats: Sequence[str]) -> bool:
+    return entry.filename.lower().endswith(tuple(formats))
 
 
 class Piped:
     """Standard input: one image's bytes, or a path a line. Of these, the beginning is UTF-8 without a byte 0, which that
-    of no image is."""
+    of no image is but PPM's, whose header is text."""
     is_video = False
 
     def __init__(self, stream: io.BufferedReader, read: Read) -> None:
@@ -210,12 +243,20 @@ class Piped:
                 if path := os.fsdecode(line).rstrip("\r\n"):
                     yield _item(Path(path).as_posix(), partial(self.read, Path(path), None, channels))
         else:
-            content = self.stream.read(MOST_BYTES)
-            yield _item("stdin", partial(self.read, Path("stdin"), content, channels))
+            content = self.stream.read(MOST_BYTES + 1)
+            yield _item("stdin", partial(self.picture, content, channels))
+
+    def picture(self, content: bytes, channels: int) -> Picture:
+        if len(content) > MOST_BYTES:
+            raise OSError(f"what came on standard input has more than the {MOST_BYTES} bytes that are read of an image; "
+                          f"give it as a file")
+        return self.read(Path("stdin"), content, channels)
 
 
 def is_text(beginning: bytes) -> bool:
     """Whether these bytes, which may end within a letter, could be paths."""
+    if PPM.match(beginning):
+        return False
     try:
         return b"\0" not in beginning and codecs.getincrementaldecoder("utf-8")().decode(beginning) is not None
     except UnicodeDecodeError:

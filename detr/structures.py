@@ -5,8 +5,10 @@ Shape letters, everywhere in this project: ``B`` images, ``Q`` queries, ``S`` to
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 Rle = dict[str, Any]
@@ -69,6 +71,14 @@ class Detections(TypedDict, total=False):
     boxes: Tensor           # [n, 4] xyxy in pixels of the original image
     queries: Tensor         # [n] int64, the query each came from; without it there is one detection a query, in order
     masks: Tensor | list[Rle]   # uint8 [n, 1, H, W] at the original's size, or n codes of such masks
+
+
+def selected(found: Detections, keep: Sequence[int]) -> Detections:
+    """The detections at such places."""
+    index = torch.tensor(list(keep), dtype=torch.int64, device=found["scores"].device)
+    some: dict[str, Any] = {name: value[index] if isinstance(value, Tensor) else [value[i] for i in keep]
+                            for name, value in found.items()}
+    return some                                                                         # type: ignore[return-value]
 
 
 class FeatureLevels(NamedTuple):

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .preprocessing import Picture, height_width
-from .structures import Detections, Rle
+from .structures import Detections, Rle, selected
 
 SAME = 0.5              # IoU of boxes of one object, seen by two tiles
 SHARED = 0.5            # part of what both tiles see of it
@@ -128,15 +128,7 @@ def moved_mask(code: Rle, place: Tile, size: tuple[int, int]) -> Rle:
     return {"size": [height, width], "counts": full["counts"].decode("ascii")}
 
 
-def selected(found: Detections, keep: Sequence[int]) -> Detections:
-    """The detections at such places."""
-    index = torch.tensor(list(keep), dtype=torch.int64, device=found["scores"].device)
-    some: dict[str, Any] = {name: value[index] if isinstance(value, Tensor) else [value[i] for i in keep]
-                            for name, value in found.items()}
-    return some                                                                         # type: ignore[return-value]
-
-
-class Seen(NamedTuple):
+class Pieces(NamedTuple):
     """The n detections of all tiles, tile after tile, and how each lies in its own."""
     scores: np.ndarray          # [n]
     labels: np.ndarray          # [n]
@@ -165,9 +157,9 @@ def merged(found: Sequence[Detections], where: Sequence[Tile], size: tuple[int, 
     cut, boxes = at_borders(everything["boxes"].double().numpy(), borders[tile], size, near)
     inside = np.flatnonzero((boxes[:, :2] <= boxes[:, 2:]).all(1))
     everything = selected(everything, inside.tolist())
-    seen = Seen(everything["scores"].double().numpy(), everything["labels"].numpy(), boxes[inside], tile[inside],
+    seen = Pieces(everything["scores"].double().numpy(), everything["labels"].numpy(), boxes[inside], tile[inside],
                 borders[tile[inside]], near, cut[inside])
-    same, explains = evidence(seen, len(where))
+    same, explains = evidence(seen, borders)
     objects = sorted(named(seen, joined(seen, same), explains), key=lambda one: (-one.score, one.best))
     result = selected(everything, [one.best for one in objects])
     for name, values in (("scores", [one.score for one in objects]), ("boxes", [box_of(seen, one) for one in objects])):
@@ -207,15 +199,18 @@ def common(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum(a * OUT, b * OUT) * OUT
 
 
-def evidence(seen: Seen, tiles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of detections of different tiles: ``same [m, 3]``, two that may be one object and how well that fits;
-    ``explains [k, 2]``, one that is cut and one that sees more of what is there, and explains it."""
+def evidence(seen: Pieces, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of detections of different tiles, whose ``borders [T, 4]`` say which of them meet: ``same [m, 3]``, two that
+    may be one object and how well that fits; ``explains [k, 2]``, one that is cut and one that sees more of what is
+    there, and explains it."""
     same, explains = [np.zeros((0, 3))], [np.zeros((0, 2), np.int64)]
-    starts = np.searchsorted(seen.tile, np.arange(tiles + 1))
-    for start, end in zip(starts[:-1], starts[1:]):
+    starts = np.searchsorted(seen.tile, np.arange(len(borders) + 1))
+    for k, (start, end) in enumerate(zip(starts[:-1], starts[1:])):
         if start == end:
             continue
-        others = end + np.flatnonzero(area(common(seen.borders[start], seen.boxes[end:])) > 0)
+        reach = k + 1 + np.flatnonzero(area(common(borders[k], borders[k + 1:])) > 0)
+        others = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in reach] or [np.zeros(0, np.int64)])
+        others = others[area(common(borders[k], seen.boxes[others])) > 0]
         meet = area(common(seen.boxes[start:end, None], seen.boxes[None, others])) > 0
         p, q = np.nonzero(meet)
         p, q = p + start, others[q]
@@ -237,7 +232,7 @@ def evidence(seen: Seen, tiles: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(same), np.concatenate(explains)
 
 
-def joined(seen: Seen, same: np.ndarray) -> np.ndarray:
+def joined(seen: Pieces, same: np.ndarray) -> np.ndarray:
     """The object ``[n]`` of each detection, named after one of its detections: pairs are joined, the best first, unless
     a tile would then name an object twice."""
     owner = list(range(len(seen.scores)))
@@ -262,7 +257,7 @@ class Object(NamedTuple):
     witnesses: list[int]    # detections that give box and mask, the most confident first
 
 
-def named(seen: Seen, owner: np.ndarray, explains: np.ndarray) -> list[Object]:
+def named(seen: Pieces, owner: np.ndarray, explains: np.ndarray) -> list[Object]:
     """The objects, without those that nobody saw whole and all of whose detections are explained by another object."""
     groups: dict[int, list[int]] = {}
     for i in np.argsort(-seen.scores, kind="stable").tolist():
@@ -278,7 +273,7 @@ def named(seen: Seen, owner: np.ndarray, explains: np.ndarray) -> list[Object]:
             if not (seen.cut[one.witnesses].all(0).any() and known.issuperset(groups[name]))]
 
 
-def box_of(seen: Seen, one: Object) -> np.ndarray:
+def box_of(seen: Pieces, one: Object) -> np.ndarray:
     """The box ``[4]`` of an object: each side from the first witness that has it uncut, or else from that which reaches
     furthest."""
     boxes, cut = seen.boxes[one.witnesses], seen.cut[one.witnesses]

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from .checkpoint import _partial as partial_of
 from .sources import Clip, Item, pyav
 from .structures import Category
 
@@ -23,6 +26,7 @@ Row = Mapping[str, Any]
 
 COLUMNS = ("file_name", "frame", "seconds", "image_width", "image_height", "category_id", "class", "score",
            "xmin", "ymin", "xmax", "ymax")
+FINE = Fraction(1, 60000)             # seconds; the ticks of MPEG-4 part 2 are no finer than 1/65535
 FULL_COLOURS, BT601, BT709 = "yuv444p", 5, 1                    # the numbers are those of ITU-T H.273
 
 
@@ -56,14 +60,15 @@ def stem_of(name: str) -> str:
     """The file's name alone, without ending; of addresses and devices what file names allow."""
     stem = Path(name.replace("\\", "/")).stem if "://" not in name else name
     kept = "".join(letter if letter.isprintable() and letter not in '<>:"/\\|?*' else "_" for letter in stem)
-    return kept.encode()[:200].decode(errors="ignore") or "image"
+    return kept.encode()[:160].decode(errors="ignore") or "image"            # a partial file's has more
 
 
 class Partial:
-    """A file under another name until it is whole."""
+    """A file under another name until it is whole; what a killed process leaves of it, ``checkpoint.remove_partials``
+    finds."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.path, self.partial = path, partial_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def open(self, **words: Any) -> TextIO:
@@ -108,7 +113,8 @@ class CocoJson:
 
     def discard(self) -> None:
         for name, part in self.parts.items():
-            self.files[name].close()
+            with suppress(OSError):                                     # what is left to write, to a full disk
+                self.files[name].close()
             part.discard()
         self.whole.discard()
 
@@ -135,7 +141,8 @@ class Csv:
         self.whole.finish()
 
     def discard(self) -> None:
-        self.file.close()
+        with suppress(OSError):
+            self.file.close()
         self.whole.discard()
 
 
@@ -171,11 +178,15 @@ class Yolo:
 
 class VideoFile:
     """Frames -> an mp4 with H.264, or MPEG-4 part 2 where PyAV has no encoder for it; each is shown when it was. Sound is
-    not kept. Sizes that are odd keep their colours whole, as H.264 halves those of even sizes alone."""
+    not kept. Sizes that are odd keep their colours whole, as H.264 halves those of even sizes alone.
+
+    ``resized`` counts frames that had another size than the first, and ``moved`` those that are shown a tick later
+    than they were, since no two may have the same time."""
 
     def __init__(self, path: Path, clip: Clip, size: tuple[int, int], codec: str | None = None) -> None:
         av = pyav()
         self.whole, self.size, self.frames, self.last = Partial(path), size, 0, -1
+        self.resized = self.moved = 0
         self.codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
         self.container = av.open(str(self.whole.partial), "w", format="mp4")
         rate = clip.rate.limit_denominator(1001)
@@ -187,10 +198,10 @@ class VideoFile:
         if self.codec == "libx264":
             self.stream.options = {"crf": "20", "preset": "veryfast"}
             self.time_base = clip.time_base
-        else:                                                           # whose ticks are no finer than 1/65535 s
+        else:
             self.stream.bit_rate = max(500_000, round(size[0] * size[1] * float(rate) / 5))
-            self.time_base = 1 / rate
-        self.from_clip = self.time_base == clip.time_base
+            self.time_base = clip.time_base if clip.time_base.denominator <= FINE.denominator else FINE
+        self.ticks = clip.time_base / self.time_base                    # of this file in one of the clip's
         self.stream.time_base = context.time_base = self.time_base
         if clip.pixel_aspect != 1:
             context.sample_aspect_ratio = clip.pixel_aspect
@@ -203,9 +214,12 @@ class VideoFile:
         av = pyav()
         if picture.size != self.size:                                   # a few streams change their size
             picture = picture.resize(self.size)
+            self.resized += 1
         frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
         frame = frame.reformat(format=self.format, dst_colorspace=self.matrix)
-        self.last = max(self.last + 1, pts if self.from_clip else self.frames)
+        when = round(pts * self.ticks)
+        self.moved += when <= self.last
+        self.last = max(self.last + 1, when)
         frame.pts, frame.time_base = self.last, self.time_base
         self.container.mux(self.stream.encode(frame))
         self.frames += 1
@@ -215,6 +229,14 @@ class VideoFile:
         self.container.close()
         self.whole.finish()
 
+    def described(self) -> str:
+        """What became of the frames, in words."""
+        width, height = self.size
+        return ", ".join([f"{self.frames} frames", self.codec,
+                          *([f"{self.resized} of another size resized to {width} x {height}"] if self.resized else ()),
+                          *([f"{self.moved} shown a tick later than they were"] if self.moved else ())])
+
     def discard(self) -> None:
-        self.container.close()
+        with suppress(OSError, pyav().error.FFmpegError):
+            self.container.close()
         self.whole.discard()

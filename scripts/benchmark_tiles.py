@@ -34,6 +34,7 @@ from datasets.synthetic import SHAPES, Dice, contrasting, coverage, ground, pain
 from detr import load, tiles
 from detr.boxes import box_iou
 from detr.loading import suppressed
+from detr.preprocessing import Picture
 from detr.structures import Detections
 from detr.visualize import class_colour
 
@@ -156,18 +157,17 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.side} x {args.side} pixels, {len(large.boxes)} objects of {sides.min():.1f} to {sides.max():.1f}; "
           f"{len(where)} tiles of {args.tile}, overlap {args.overlap:g}; {detector.name}, threshold {args.threshold:g}",
           flush=True)
-    before: list[Detections] = []
-    merge = tiles.merged
+    seen: list[Detections] = []
 
-    def keep(found: Sequence[Detections], *rest) -> Detections:
-        before.extend(found)
-        return merge(found, *rest)
+    def detect(pictures: Sequence[Picture]) -> Sequence[Detections]:
+        found = detector.predict(pictures, args.threshold, args.batch_size)
+        seen.extend(found)
+        return found
 
-    tiles.merged = keep
     start = time.perf_counter()
-    in_tiles, = detector.predict(picture, args.threshold, args.batch_size, tile=args.tile, overlap=args.overlap)
+    in_tiles = tiles.in_tiles(picture, detect, args.tile, args.overlap, args.batch_size)
     seconds = time.perf_counter() - start
-    tiles.merged = merge
+    before = [tiles.moved(one, place, (args.side, args.side)) for one, place in zip(seen, where, strict=True)]
     every: Detections = {name: torch.cat([one[name] for one in before]) for name in ("scores", "labels", "boxes")}
     once = torch.ones(len(large.labels), dtype=torch.int64)
     tiles_of = torch.stack([score(one, large).times for one in before if len(one["scores"])])

@@ -49,12 +49,12 @@ arrays ``[height, width, channels]`` are found in folders, too, and pictures sho
 from __future__ import annotations
 
 import argparse
-import copy
 import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,7 +64,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -73,13 +72,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as command_line
 from datasets.coco_panoptic import encode_ids, read_ids
 from datasets.images import Picture, height_width, read_image
+from detr.boxes import box_xyxy_to_xywh
+from detr.checkpoint import remove_partials
 from detr.config import nearest
-from detr.loading import Detector
+from detr.loading import Detector, NamedDetections
 from detr.loading import load as load_detector
 from detr.panoptic import PanopticPrediction
 from detr.presets import PRESETS
 from detr.sources import FORMATS, Item, Source, Video, sources
-from detr.structures import Category, Detections
+from detr.structures import Category, Detections, selected
 from detr.visualize import draw_detections, draw_panoptic
 from detr.writers import CocoJson, Csv, Names, VideoFile, Yolo, stem_of
 from engine import duration
@@ -87,6 +88,7 @@ from engine import duration
 WRITTEN = ("pictures", "video", "json", "yolo", "csv")
 DEFAULT_FOLDER = Path("outputs", "predictions")
 THRESHOLD = 0.5
+MOST_PIXELS = 1_000_000_000                                                 # of an image that is seen in tiles
 MOST_NAMED = 20                                                             # of what cannot be read, at the end
 
 
@@ -119,15 +121,19 @@ class Choice:
 
 def parse_threshold(text: str) -> tuple[float | None, dict[str, float]]:
     """``0.5``, ``cat=0.3`` or ``0.5,cat=0.3,dog=0.7`` -> that of all, and those of single classes."""
-    entry = r"(?:([^=]+)=)??([0-9.]+(?:e-?[0-9]+)?)"                     # a name may have commas
+    entry = r"(?:([^=]+)=)??((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)"                # a name may have commas
     if not re.fullmatch(f"{entry}(?:,{entry})*", text):
         raise ValueError(f"--threshold {text}: a number is needed, 0.5, or with classes of their own 0.5,cat=0.3")
     general, single = None, {}
     for name, value in re.findall(f"(?:^|,){entry}(?=,|$)", text):
         if not 0 <= float(value) <= 1:
             raise ValueError(f"--threshold {text}: scores are between 0 and 1")
+        name = name.strip()
+        if name in single or not name and general is not None:
+            raise ValueError(f"--threshold {text}: {name or 'that of all classes'} is there twice; give each "
+                             f"once, as in 0.5,cat=0.3")
         if name:
-            single[name.strip()] = float(value)
+            single[name] = float(value)
         else:
             general = float(value)
     return general, single
@@ -136,6 +142,8 @@ def parse_threshold(text: str) -> tuple[float | None, dict[str, float]]:
 def output_folder(wanted: str | None) -> Path:
     """``--output_dir``, which must be new or empty, or a new folder ``outputs/predictions``, ``-2``, ``-3``, ..."""
     folder, number = Path(wanted or DEFAULT_FOLDER), 2
+    if wanted is not None:
+        remove_partials(folder)
     if wanted is None:
         while folder.exists():
             folder, number = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}"), number + 1
@@ -153,26 +161,12 @@ def find(wanted: Sequence[str | Path], channels: int = 3) -> list[Source]:
 
 # What was found in one image.
 
-def detections_of(found: Detections, thresholds: Sequence[float], used: Sequence[bool],
-                  without_class: Counter[int]) -> Detections:
-    """Detections of at least the threshold of their label and of labels that are ``used``; others of these are counted
-    in ``without_class``."""
-    labels = found["labels"].tolist()
-    sure = [score >= thresholds[label] for score, label in zip(found["scores"].double().tolist(), labels)]
-    without_class.update(label for label, wanted in zip(labels, sure) if wanted and not used[label])
-    keep = [k for k, label in enumerate(labels) if sure[k] and used[label]]
-    kept: Detections = {"scores": found["scores"][keep], "labels": found["labels"][keep], "boxes": found["boxes"][keep]}
-    if "masks" in found:
-        kept["masks"] = [found["masks"][k] for k in keep]
-    return kept
-
-
 def rows_of(found: Detections, categories: Mapping[int, Category]) -> list[dict[str, Any]]:
     """Detections as they are written."""
-    boxes_xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], dim=1)
     rows = [{"category_id": categories[label].id, "category_name": categories[label].name, "bbox": box,
              "area": box[2] * box[3], "score": score, "iscrowd": 0}
-            for label, box, score in zip(found["labels"].tolist(), boxes_xywh.tolist(), found["scores"].tolist())]
+            for label, box, score in zip(found["labels"].tolist(), box_xyxy_to_xywh(found["boxes"]).tolist(),
+                                         found["scores"].tolist())]
     for row, mask in zip(rows, found.get("masks", ())):
         row |= {"segmentation": mask, "area": int(coco_mask.area(mask))}
     return rows
@@ -281,7 +275,7 @@ class Output:
         """Its video is whole."""
         if self.video is not None:
             self.video.close()
-            print(f"{self.videos[-1]}: {self.video.frames} frames", flush=True)
+            print(f"{self.videos[-1]}: {self.video.described()}", flush=True)
             self.video = None
 
     def close(self) -> None:
@@ -330,6 +324,22 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 @contextmanager
+def large_images(wanted: bool) -> Iterator[None]:
+    """Where ``wanted``, Pillow reads images of up to ``MOST_PIXELS``, without a word; otherwise it refuses those of more
+    than 0.18e9, which may be small files made to fill the memory."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        if wanted:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2                                   # it refuses twice that
+            print(f"--tile: images of up to {MOST_PIXELS:,} pixels are read, of 3 bytes each", flush=True)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
 def until_interrupted() -> Iterator[list[int]]:
     """A list that Ctrl-C puts something into; pressed again, it is KeyboardInterrupt as always."""
     stopped: list[int] = []
@@ -359,12 +369,13 @@ def predict(detector: Detector, wanted: Sequence[Source], folder: Path, choice: 
     total = None if None in lengths else sum(filter(None, lengths))
     progress = Progress("frames" if all(source.is_video for source in wanted) else "images", total)
     output, unreadable, place = Output(folder, detector, choice, wanted), list[str](), 0
+    together = choice.batch_size if choice.tile is None else 1              # of a large image, the tiles are batches
     look = looker(detector, choice, output.without_class)
     try:
         with until_interrupted() as stopped:
             for source in wanted:
                 formats = choice.formats(source)
-                for batch in batches(source.items(detector.channels), choice.batch_size):
+                for batch in batches(source.items(detector.channels), together):
                     good = [(k, item) for k, item in enumerate(batch, start=place + 1) if item.picture is not None]
                     place += len(batch)
                     for item in batch:
@@ -381,15 +392,18 @@ def predict(detector: Detector, wanted: Sequence[Source], folder: Path, choice: 
                 if stopped:
                     break
         progress.update(end=True)
+        output.close()
     except BaseException:
         output.discard()
         raise
+    least = choice.words()["threshold"]
     if unused := output.without_class:
         print(f"left out: {unused.total()} {'segments' if output.panoptic else 'detections'} of labels that the data "
-              f"does not use ({', '.join(map(str, sorted(unused)))})")
+              f"does not use ({', '.join(map(str, sorted(unused)))})"
+              + (f" and scores of at least {least}" if not output.panoptic and least < choice.threshold else "")
+              + (", counted in each tile" if choice.tile is not None else ""))
     if output.yolo is not None and output.yolo.outside:
         print(f"left out of labels/*.txt: {output.yolo.outside} boxes that have nothing within their image")
-    output.close()
     what = f"segments with a score above {choice.threshold}" if output.panoptic else \
         f"detections with a score of at least {choice.threshold}" + "".join(
             f", {name} {value}" for name, value in choice.thresholds.items())
@@ -401,24 +415,20 @@ def predict(detector: Detector, wanted: Sequence[Source], folder: Path, choice: 
 
 def looker(detector: Detector, choice: Choice, without_class: Counter[int]) -> Callable[[list[Item]], Sequence[Any]]:
     """Pictures -> what is found in each: detections, or a panoptic map. Detections of labels that the data does not use
-    are left out and counted."""
+    are counted."""
     def maps(items: list[Item]) -> Sequence[PanopticPrediction]:
         seen = detector.look([item.picture for item in items])
         detector.check_finite(seen, [item.name for item in items])
         return detector.maps(seen, choice.threshold)
 
-    used = [label in detector.names for label in range(detector.num_classes)]
-    thresholds = [choice.thresholds.get(detector.names.get(label, ""), choice.threshold) for label in range(len(used))]
-    everything = copy.copy(detector)                                                    # which names all labels
-    everything.categories = [*detector.categories, *(Category(label, -1, f"label {label}") for label, known
-                                                     in enumerate(used) if not known)]
-
     def detections(items: list[Item]) -> Sequence[Detections]:
-        try:
-            found = everything.predict([item.picture for item in items], **choice.words())
-        except ValueError as error:                                                     # say it of the picture's own name
-            raise ValueError(re.sub(r"^image (\d+)", lambda number: items[int(number[1])].name, str(error))) from error
-        return [detections_of(one, thresholds, used, without_class) for one in found]
+        found = detector.predict([item.picture for item in items], names=[item.name for item in items],
+                                 without_class=without_class, **choice.words())
+        return [sure(one) for one in found]
+
+    def sure(found: NamedDetections) -> Detections:
+        least = [choice.thresholds.get(name, choice.threshold) for name in found["names"]]
+        return selected(found, [k for k, score in enumerate(found["scores"].double().tolist()) if score >= least[k]])
 
     return maps if "panoptic" in detector.postprocessors else detections
 
@@ -505,7 +515,8 @@ def main(args: argparse.Namespace) -> int:
               "not", flush=True)
     if "segm" in detector.postprocessors and {"yolo", "csv"} & set(args.format or ()):
         print("yolo and csv have boxes alone; masks are in json", flush=True)
-    unreadable, total, stopped = predict(detector, wanted, output_folder(args.output_dir), choice)
+    with large_images(choice.tile is not None):
+        unreadable, total, stopped = predict(detector, wanted, output_folder(args.output_dir), choice)
     live = any(isinstance(source, Video) and source.live for source in wanted)
     if stopped and not live:
         print(f"stopped before the end, after {total}")

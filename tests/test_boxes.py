@@ -10,6 +10,7 @@ from detr.boxes import (
     box_cxcywh_to_xyxy,
     box_iou,
     box_xyxy_to_cxcywh,
+    box_xyxy_to_xywh,
     generalized_box_iou,
     inverse_sigmoid,
     masks_to_boxes,
@@ -96,6 +97,7 @@ def test_formats_are_inverses():
     boxes = random_boxes(10, 6)
     torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes, atol=1e-15, rtol=0)
     assert box_xyxy_to_cxcywh(torch.tensor([2.0, 4.0, 8.0, 6.0])).tolist() == [5, 5, 6, 2]
+    assert box_xyxy_to_xywh(torch.tensor([[2.0, 4.0, 8.0, 5.0]])).tolist() == [[2, 4, 6, 1]]
     assert box_area(torch.tensor([[2.0, 4.0, 8.0, 6.0]])).tolist() == [12]
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from datasets.transforms import eval_transforms
 from detr import checkpoint
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
+from detr.boxes import box_cxcywh_to_xyxy
 from detr.coco_classes import COCO_CATEGORIES, COCO_PANOPTIC, published_classes
 from detr.loading import Detector, to_supervision
 from detr.preprocessing import Preprocessing, as_picture
@@ -120,9 +122,13 @@ def test_detections_are_the_evaluations(run, photos):
             want, = postprocessors["bbox"](outputs, size)
             used = want["labels"] != 1
             left_out, kept = left_out + int((~used).sum()), kept + int(used.sum())
-            assert set(found) == {"scores", "labels", "boxes", "names"}
+            assert set(found) == {"scores", "labels", "boxes", "queries", "names", "ids"}
             assert all(torch.equal(found[name], want[name][used]) for name in ("scores", "labels", "boxes"))
             assert found["names"] == [{0: "red", 2: "5 µm"}[label] for label in want["labels"][used].tolist()]
+            ids = {row["label"]: row["id"] for row in checkpoint.load(run / "best.pth")["categories"]}
+            assert found["ids"] == [ids[label] for label in want["labels"][used].tolist()] and ids[0] != 0
+            boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"][0]) * size.flip(1).repeat(1, 2)
+            assert torch.equal(boxes[found["queries"]], found["boxes"])
         assert left_out and kept                                                # or the test would show nothing
 
 
@@ -243,6 +249,27 @@ def test_one_label_per_query(sigmoid, photos):
     assert rows(named) == [row for row in rows(some) if row[0] == "red"]
 
 
+@pytest.mark.parametrize("options", [{}, {"one_label_per_query": True}, {"tile": 40}])
+def test_what_is_left_out_is_counted(sigmoid, photos, options):
+    """Labels that the data does not use; nothing else changes."""
+    left_out = Counter[int]()
+    found = sigmoid.predict(photos, **options)
+    assert list(map(rows, sigmoid.predict(photos, without_class=left_out, **options))) == list(map(rows, found))
+    every = len(places(70, 90, 40)) + len(places(130, 61, 40)) if "tile" in options else 2
+    assert left_out == {1: 9 * every}                                           # all queries name all labels
+
+
+def test_what_images_are_called(run, photos):
+    detector = detr.load(run / "best.pth")
+    with torch.no_grad():
+        detector.model.bbox_embed.layers[0].bias.fill_(float("nan"))
+    for options in ({}, {"batch_size": 2}, {"tile": 60}):
+        with pytest.raises(ValueError, match="^image 7 of a.zip: the model's scores"):
+            detector.predict([Image.open(photo) for photo in photos], names=["image 7 of a.zip", "b"], **options)
+    with pytest.raises(ValueError, match="1 names for 2 images"):
+        detector.predict(photos, names=["a"])
+
+
 def test_what_predict_refuses(run, tmp_path):
     detector, image = detr.load(run / "best.pth"), Image.new("RGB", (50, 40))
     exported(tmp_path, MASKS, "coco_panoptic")
@@ -255,8 +282,9 @@ def test_what_predict_refuses(run, tmp_path):
             (detector, {"tile": 0}, "tile 0: a side in pixels"), (detector, {"tile": 20, "overlap": 1}, "overlap 1: "),
             (panoptic, {"nms": 0.5}, "nms is for models of things .* panoptic"),
             (panoptic, {"tile": 50}, "tile is for models of things .* panoptic")):
-        with pytest.raises(ValueError, match=message):
-            of.predict(image, **options)
+        for images in (image, []):
+            with pytest.raises(ValueError, match=message):
+                of.predict(images, **options)
 
 
 @pytest.mark.parametrize("model", [SMALL, MASKS, SIGMOID], ids=["DETR", "masks", "Deformable DETR"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 import zipfile
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,18 +20,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageFile
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from test_loading import SIGMOID, exported
 
 from datasets.annotations import COCO_CATEGORIES
 from datasets.coco_panoptic import COCO_PANOPTIC, PanopticAnnotations
 from datasets.images import read_image
 from datasets.transforms import Preprocessing, eval_transforms
-from detr import checkpoint
+from detr import checkpoint, sources, writers
 from detr.architectures.detr import DETRConfig
 from detr.presets import PRESETS, Preset
-from detr.sources import Clip, Item, Video, is_text, pictures
+from detr.sources import Clip, Item, Video, is_text, pictures, read_picture
 from detr.structures import Category
 from detr.writers import VideoFile, Yolo
 
@@ -501,6 +503,63 @@ def test_zips_that_cannot_be_read(script, trained, photos, capsys):
         call(script, "empty.zip", "--resume", trained)
 
 
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_entries_of_any_packing(photos, packed):
+    with zipfile.ZipFile("some.zip", "w", packed) as archive:
+        archive.write("photos/b.png", "b.png")
+    content = bytearray(Path("some.zip").read_bytes())
+    start = content.index(b"b.png") + 40
+    content[start:start + 200] = bytes(byte ^ 255 for byte in content[start:start + 200])
+    Path("some.zip").write_bytes(content)
+    item, = pictures(["some.zip"])
+    assert item.picture is None and item.problem.startswith("image some.zip/b.png cannot be read: ")
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), OverflowError("too large"), MemoryError("none left"),
+                                   TypeError("no number"), SyntaxError("broken")])
+def test_whatever_damage_raises(photos, monkeypatch, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    content = Path("photos/a.jpg").read_bytes()
+    for read in (lambda: read_picture(Path("a.jpg"), content), lambda: read_picture(Path("photos/a.jpg")),
+                 lambda: read_image("photos/a.jpg"), lambda: read_image("a.jpg", content)):
+        with pytest.raises(OSError, match=rf"a.jpg \([0-9]+ bytes\) cannot be read: {error}"):
+            read()
+
+
+def test_images_of_more_pixels_than_pillow_reads(script, trained, photos, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    assert call(script, "photos/a.jpg", "--resume", trained, "--output_dir", "out") == 1
+    remedy = "cut it or make it smaller, or look at it with scripts/predict.py --tile"
+    assert remedy in capsys.readouterr().out
+    for item in pictures(["photos/a.jpg"]):
+        assert remedy in item.problem
+    with pytest.raises(OSError, match=remedy):
+        read_picture(Path("a.jpg"), Path("photos/a.jpg").read_bytes())
+    assert call(script, "photos/a.jpg", "--resume", trained, "--output_dir", "tiled", "--tile", "60") == 0
+    assert "--tile: images of up to 1,000,000,000 pixels are read" in capsys.readouterr().out
+    assert len(predictions("tiled")["images"]) == 1 and Image.MAX_IMAGE_PIXELS == 3000
+    monkeypatch.setattr(script, "MOST_PIXELS", 5000)
+    assert call(script, "photos/a.jpg", "--resume", trained, "--output_dir", "none", "--tile", "60") == 1
+    assert "exceeds limit of 5000 pixels" in capsys.readouterr().out
+
+
+def test_what_is_passed_over_is_said(script, photos, capfd):
+    Path("photos/.hidden").write_text("")
+    for name in ("clip.mp4", "more.MOV", "some.zip", "list.csv"):
+        Path("photos", name).write_text("")
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        for name in ("in/a.jpg", "in/", "in/clip.mp4", "in/.hidden", "__MACOSX/in/a.txt"):
+            archive.writestr(name, "")
+    with zipfile.ZipFile("plain.zip", "w") as archive:
+        archive.writestr("a.jpg", "")
+    script.find(["photos", "photos/more", "photos/*", "some.zip", "plain.zip"])
+    assert capfd.readouterr().out.splitlines() == [
+        "photos: 2 videos, 1 zip, 1 folder and 2 other files passed over; name them or use a glob",
+        "some.zip: 1 video passed over; unpack what is wanted of them"]
+
+
 def pipe(monkeypatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
 
@@ -510,6 +569,27 @@ def test_images_are_told_from_paths(photos, ending):
     Image.open("photos/b.png").save(f"b{ending}")
     assert not is_text(Path(f"b{ending}").read_bytes()[:64])
     assert is_text(f"photos/ä{ending}\n".encode()) and is_text("ä".encode()[:1]) and not is_text("ä\n".encode("latin-1"))
+
+
+@pytest.mark.parametrize("mode, kind", [("1", "P4"), ("L", "P5"), ("RGB", "P6")])
+def test_ppm_is_told_from_paths(script, trained, photos, monkeypatch, mode, kind):
+    """Its header is text."""
+    Image.open("photos/b.png").convert(mode).point(lambda _: 65).save("b.ppm")          # and so are these pixels
+    content = Path("b.ppm").read_bytes()
+    assert content.startswith(kind.encode()) and not is_text(content[:64])
+    assert not is_text(b"P3\n# a comment\n2 2\n") and is_text(b"P6 photos/a.jpg\n") and is_text(b"P1 2.jpg\nP2.jpg")
+    pipe(monkeypatch, content)
+    assert call(script, "-", "--resume", trained, "--output_dir", "out") == 0
+    assert (predictions()["images"][0]["width"], predictions()["images"][0]["height"]) == (61, 130)
+
+
+def test_more_on_standard_input_than_is_read(script, trained, photos, monkeypatch, capsys):
+    content = Path("photos/a.jpg").read_bytes()
+    for most, code in ((len(content), 0), (len(content) - 1, 1)):
+        monkeypatch.setattr(sources, "MOST_BYTES", most)
+        pipe(monkeypatch, content)
+        assert call(script, "-", "--resume", trained, "--output_dir", f"out {code}") == code
+    assert f"left out: what came on standard input has more than the {most} bytes" in capsys.readouterr().out
 
 
 def test_an_image_on_standard_input(script, trained, photos, monkeypatch):
@@ -575,7 +655,7 @@ def test_a_video_keeps_size_rate_frames_and_times(script, trained, photos, capsy
     assert [image["seconds"] for image in images] == pytest.approx(times, abs=1e-5)
     assert {(image["width"], image["height"]) for image in images} == {size}
     shown = capsys.readouterr().out
-    assert "clip.mp4: 7 frames; threshold" in shown and "frames 7/7" in shown
+    assert "clip.mp4: 7 frames; threshold" in shown and "frames 7/7" in shown and "clip.mp4: 7 frames, " in shown
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
@@ -596,6 +676,36 @@ def test_colours_and_frames_survive_any_encoder(tmp_path, codec, size):
     for k, item in enumerate(items):
         assert item.picture.size == size and item.clip.rate == clip.rate
         assert item.picture.getpixel((30, 20)) == pytest.approx((200, 40 + 10 * k, 30), abs=8)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("base, rate, times", [
+    (Fraction(1, 1000), Fraction(25), (0, 40, 1000, 1040, 5000)),
+    (Fraction(1, 90000), Fraction(24000, 1001), (0, 3754, 7508, 300001)),
+    (Fraction(1, 1_000_000), Fraction(30), (0, 33333, 66667, 12345678)),
+])
+def test_uneven_times_survive_any_encoder(tmp_path, codec, base, rate, times):
+    av = pytest.importorskip("av")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    writer = VideoFile(tmp_path / "clip.mp4", Clip("clip", False, rate, base, Fraction(1)), (64, 48), codec)
+    for pts in times:
+        writer.add(Image.new("RGB", (64, 48)), pts)
+    writer.close()
+    assert read_video(str(tmp_path / "clip.mp4"))[1] == pytest.approx([float(pts * base) for pts in times], abs=1e-5)
+    assert writer.described() == f"{len(times)} frames, {codec}"
+
+
+def test_what_became_of_frames_is_said(tmp_path):
+    pytest.importorskip("av")
+    writer = VideoFile(tmp_path / "clip.mp4", Clip("clip", False, Fraction(25), Fraction(1, 25), Fraction(1)), (64, 48),
+                       "mpeg4")
+    for pts, size in ((0, (64, 48)), (1, (20, 90)), (1, (64, 48))):
+        writer.add(Image.new("RGB", size), pts)
+    writer.close()
+    assert writer.described() == ("3 frames, mpeg4, 1 of another size resized to 64 x 48, 1 shown a tick later than they "
+                                  "were")
+    assert [frame.shape for frame in read_video(str(tmp_path / "clip.mp4"))[0]] == [(48, 64, 3)] * 3
 
 
 def test_frames_are_detected_as_images_are(script, trained, photos):
@@ -677,7 +787,17 @@ def test_pictures_from_python(script, photos):
 
 def test_names_of_streams(script):
     assert script.stem_of("rtsp://10.0.0.7:554/a?b") == "rtsp___10.0.0.7_554_a_b"
-    assert script.stem_of("camera:0") == "camera_0" and len(script.stem_of("ä" * 300).encode()) == 200
+    assert script.stem_of("camera:0") == "camera_0" and len(script.stem_of("ä" * 300).encode()) == 160
+
+
+def test_long_names_have_room_while_they_are_written(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_machine", lambda: "m" * 64)
+    names = script.Names()
+    for _ in "ab":
+        whole = writers.Partial(tmp_path / names.unique(script.stem_of("n" * 300), ".mp4"))
+        whole.open().close()
+        whole.finish()
+    assert tree(tmp_path) == {f"{'n' * 160}.mp4", f"{'n' * 160}-2.mp4"}
 
 
 def test_panoptic_videos(script, trained_masks, photos):
@@ -758,6 +878,19 @@ def test_flags_are_the_detectors(script, trained, photos, words, same):
     assert info == {name: value for name, value in same.items() if name != "batch_size"}
 
 
+@pytest.mark.parametrize("options", [{"one_label_per_query": True}, {"one_label_per_query": True, "tile": 80},
+                                     {"tile": 80}, {"tile": 80, "nms": 0.5}])
+def test_labels_that_the_data_does_not_use_win_nothing(script, tmp_path, options):
+    """No query, no tile and no neighbour: all is as the detector says."""
+    exported(tmp_path, SIGMOID)
+    detector, left_out = script.load_detector(str(tmp_path / "best.pth")), Counter()
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (160, 160, 3)).astype(np.uint8))
+    direct, = detector.predict(image, **options)
+    found, = script.looker(detector, script.Choice(0.0, **options), left_out)([Item("a.png", image)])
+    assert set(left_out) == {1} and len(direct["names"]) > 3
+    assert all(torch.equal(found[name], direct[name]) for name in ("scores", "labels", "boxes"))
+
+
 def test_thresholds_of_classes(script, trained, photos, capsys):
     call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "all")
     rows = predictions("all")["annotations"]
@@ -778,13 +911,23 @@ def test_thresholds_as_typed(script, text, want):
     assert script.parse_threshold(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "cat", "0.5,cat", "cat=", "0.5 0.3", "-0.1", "nan", "cat=1.5"])
+@pytest.mark.parametrize("text", ["", "cat", "0.5,cat", "cat=", "0.5 0.3", "-0.1", "nan", "cat=1.5", "1.2.3", ".",
+                                  "cat=1.2.3"])
 def test_thresholds_that_are_none(script, text):
     with pytest.raises(ValueError, match="--threshold .*(a number is needed|scores are between)"):
         script.parse_threshold(text)
 
 
+@pytest.mark.parametrize("text, what", [("0.5,0.3", "that of all classes"), ("cat=0.3,cat=0.5", "cat"),
+                                        ("0.5,cat=0.3,dog=0.1, cat=0.3", "cat")])
+def test_thresholds_that_are_there_twice(script, text, what):
+    with pytest.raises(ValueError, match=f"--threshold {text}: {what} is there twice; give each once"):
+        script.parse_threshold(text)
+
+
 @pytest.mark.parametrize("words, message", [
+    (["--tile", "0"], "tile 0: a side in pixels"),
+    (["--tile", "40", "--overlap", "0.95"], "overlap 0.95: the part"),
     (["--format", "video"], "--format video is of videos and cameras, and there is none among the sources"),
     (["--threshold", "0.5,bleu=0.2"], "--threshold bleu=0.2: the model has no class 'bleu'; did you mean blue"),
     (["--classes", "bleu"], "class 'bleu' is not among the model's 3; the nearest are 'blue'"),
@@ -835,6 +978,15 @@ def test_pictures_do_not_gather(script, trained, photos, monkeypatch, size):
     assert len(most) == 21 and max(most) <= 2 * size
 
 
+def test_with_tiles_one_picture_is_read_at_a_time(script, trained, photos, monkeypatch):
+    together, look = [], script.looker
+    monkeypatch.setattr(script, "looker", lambda *words: lambda items: (together.append(len(items)),
+                                                                        look(*words)(items))[1])
+    for words in ([], ["--tile", "60"]):
+        call(script, "photos", "--resume", trained, "--batch_size", "2", *words, "--output_dir", f"out{len(words)}")
+    assert together == [2, 1, 1]
+
+
 def test_rows_are_written_as_they_come(script, tmp_path):
     """The file is there when it is whole, and has then what json makes of all at once."""
     path, rows = tmp_path / "predictions.json", [{"id": k, "name": "µ\n" * k} for k in range(3)]
@@ -858,6 +1010,23 @@ def test_nothing_unfinished_stays_after_an_error(script, trained, photos, monkey
     assert tree(Path("out")) == set()
 
 
+@pytest.mark.parametrize("step", ["json", "csv"])
+def test_nothing_unfinished_stays_of_a_full_disk(script, trained, photos, monkeypatch, step):
+    """Also where it is full only at the end, and what was not yet written cannot be."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    opened = writers.Partial.open
+    name = ".predictions.json." if step == "json" else ".predictions.csv."
+
+    def full(self, **words):
+        file = opened(self, **words)
+        return open("/dev/full", "w", encoding="utf-8", **words) if self.partial.name.startswith(name) else file
+    monkeypatch.setattr(writers.Partial, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        call(script, "photos", "--resume", trained, "--threshold", "0", "--output_dir", "out", "--format", "json", "csv")
+    assert tree(Path("out")) == ({"predictions.json"} if step == "csv" else set())
+
+
 def test_ctrl_c_keeps_what_was_seen(script, trained, photos, monkeypatch, capsys):
     make_video("clip.mp4", count=6)
     draw, drawn = script.draw_detections, []
@@ -878,6 +1047,17 @@ def test_output_folders(script, photos):
     Path("new/folder/mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="--output_dir new/folder already has files in it, and none are overwrit"):
         script.output_folder("new/folder")
+
+
+def test_leftovers_of_killed_processes_are_removed(script, photos, capfd):
+    Path("new").mkdir()
+    left = writers.Partial(Path("new/predictions.csv")).partial
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = left.with_name(left.name.replace(str(os.getpid()), str(gone.pid)))
+    left.write_text("half")
+    assert script.output_folder("new") == Path("new") and tree(Path("new")) == set()
+    assert "removed new/.predictions.csv." in capfd.readouterr().out
 
 
 # Checkpoints.
@@ -935,7 +1115,7 @@ def test_all_sides_of_the_checkpoint_are_used(script, trained):
     expected = torch.load(trained, weights_only=True)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in detector.model.state_dict().items())
     found = detector([Image.new("RGB", (60, 50)), Image.new("RGB", (80, 90))])
-    assert [set(one) for one in found] == [{"scores", "labels", "boxes", "names"}] * 2
+    assert [set(one) for one in found] == [{"scores", "labels", "boxes", "queries", "names", "ids"}] * 2
     assert detector.model([torch.zeros(3, 64, 64)])["pred_boxes"].shape == (1, 5, 4)
 
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from detr import tiles
 from detr.boxes import box_iou
 from detr.postprocess import encode
 from detr.tiles import Tile, in_tiles, merged, moved_mask, places
@@ -249,6 +250,32 @@ def test_masks_are_moved(place):
         got = moved_mask(code, place, (height, width))
         want, = encode(torch.from_numpy(full[None, None]))
         assert got == want and np.array_equal(coco_mask.decode(got), full)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
+def test_only_tiles_that_meet_are_compared(monkeypatch, overlap):
+    """With the same result, to the last bit, as if all were."""
+    size, random, compared, results = (400, 500), np.random.RandomState(0), [], []
+    where = places(*size, 100, overlap)
+    found = []
+    for place in where:
+        corner = torch.tensor(random.uniform(-5, 80, (30, 2)), dtype=torch.float32)
+        sides = torch.tensor(random.uniform(4, 60, (30, 2)), dtype=torch.float32)
+        found.append({"scores": torch.tensor(random.rand(30)), "labels": torch.tensor(random.randint(0, 3, 30)),
+                      "boxes": torch.cat([corner, corner + sides], 1) + torch.tensor([place.left, place.top] * 2)})
+    evidence, area = tiles.evidence, tiles.area
+
+    def every_pair(seen, borders):
+        results.append(evidence(seen, np.tile([0.0, 0, size[1], size[0]], (len(borders), 1))))
+        compared.clear()
+        results.append(evidence(seen, borders))
+        return results[-1]
+
+    monkeypatch.setattr(tiles, "area", lambda boxes: (boxes.ndim == 2 and compared.append(len(boxes)), area(boxes))[1])
+    monkeypatch.setattr(tiles, "evidence", every_pair)
+    merged(found, where, size)
+    assert all(np.array_equal(one, other) for one, other in zip(*results)) and (overlap == 0 or len(results[0][0]) > 10)
+    assert overlap > 0.5 or compared[1] < len(where) * 30 / 2                   # of the first tile, its neighbours' alone
 
 
 # Tiles of pictures, with a detector that finds bright squares.

@@ -36,7 +36,8 @@ class TransformerDecoderLayer(nn.Module):
 
         def look_at_the_image(x: Tensor) -> Tensor:
             q = x + query_position
-            return self.dropout(self.multihead_attn(q, memory_key, memory, key_padding_mask=mask, prior=prior)[0])
+            more = {} if prior is None else {"prior": prior}        # which PyTorch's attention would not know
+            return self.dropout(self.multihead_attn(q, memory_key, memory, key_padding_mask=mask, **more)[0])
 
         content = self.residual(content, look_at_each_other, self.norm1)
         content = self.residual(content, look_at_the_image, self.norm2)

@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
 from datasets.fast_coco_eval import Found
+from detr.boxes import box_xyxy_to_xywh
 from detr.structures import Detections
 
 KINDS = ("correct", "localisation", "class", "both", "duplicate", "background", "ignored")
@@ -82,7 +82,7 @@ def errors_of(found: Detections, boxes_xyxy: Tensor, labels: Tensor, iscrowd: Te
 
 def _xywh(boxes_xyxy: Tensor) -> np.ndarray:
     """Subtracted in their own precision, as the predictions that are scored are."""
-    return torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1).double().numpy()
+    return box_xyxy_to_xywh(boxes_xyxy).double().numpy()
 
 
 def judge_image(classes: np.ndarray, boxes_xywh: np.ndarray, scores: np.ndarray, object_classes: np.ndarray,

@@ -108,7 +108,6 @@ def draw_path(image: Image.Image | Tensor, path_xyxy: Tensor, start: bool = True
 def attention_sheet(image: Image.Image | Tensor, seen: Explanation, query: int, min_side: int = 160) -> Image.Image:
     """All that one query looked at: a row for each decoder layer; the average of its heads, then each of them, named as
     ``heat`` takes them; under each map its largest weight, which is what its brightest cell stands for."""
-    height, width = seen.size
     path = seen.path(query)
     before = len(path) - len(seen.decoder)
     rows = []

@@ -64,7 +64,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any], previous: b
     Raises OSError when the file cannot be written.
     """
     path = Path(path)
-    partial = _partial(path)
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
@@ -85,7 +85,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any], previous: b
     _sync_folder(path.parent)
 
 
-def _partial(path: Path) -> Path:
+def partial_of(path: Path) -> Path:
     """The name of ``path`` while this process writes it."""
     return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.partial")
 
@@ -129,7 +129,7 @@ def previous_of(path: Path) -> Path:
 def _keep_previous(path: Path) -> None:
     """A second name for the file at ``path``, which takes no room until the first name goes to another file."""
     former = previous_of(path)
-    second = _partial(former)
+    second = partial_of(former)
     try:
         with suppress(FileNotFoundError):
             second.unlink()

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .checkpoint import _partial as partial_of
+from .checkpoint import partial_of
 from .sources import Clip, Item, pyav
 from .structures import Category
 

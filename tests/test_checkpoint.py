@@ -142,7 +142,7 @@ def test_what_is_written_goes_to_the_disk(tmp_path, monkeypatch):
 def test_a_leftover_of_a_killed_process_is_not_written_through(tmp_path):
     """One that has the number of this process, and whose file has a second name."""
     checkpoint.save(tmp_path / "a.pth", {"model": {}, "epoch": 1})
-    os.link(tmp_path / "a.pth", checkpoint._partial(tmp_path / "a.pth"))
+    os.link(tmp_path / "a.pth", checkpoint.partial_of(tmp_path / "a.pth"))
     os.link(tmp_path / "a.pth", tmp_path / "mine.pth")
     checkpoint.save(tmp_path / "a.pth", {"model": {}, "epoch": 2})
     assert [checkpoint.load(tmp_path / name)["epoch"] for name in ("a.pth", "mine.pth")] == [2, 1]

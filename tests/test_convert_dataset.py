@@ -1,5 +1,4 @@
 """scripts/convert_dataset.py: the same objects through every pair of formats, and what a format cannot hold is said."""
-import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from small_formats import CATEGORIES, HALVES, TRIANGLE, make_awkward
 from datasets import build_dataset
 from datasets.annotations import masks
 from datasets.formats import recognise
+from scripts import convert_dataset
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "convert_dataset.py"
 TO = ("coco", "coco_splits", "yolo", "voc", "csv")
@@ -23,10 +23,7 @@ NAMES = dict(zip(TO, ("COCO", "COCO in train/ valid/ test/", "YOLO", "Pascal VOC
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("convert_dataset_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return convert_dataset
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import detr
 import main
 from detr import checkpoint, config
 from detr.backbone import backbone_of, resnet
+from detr.boxes import box_prior
 from detr.presets import PRESETS
 from scripts import batch_invariance, benchmark_padding
 
@@ -159,7 +160,7 @@ def test_a_checkpoint_of_before_looks_where_it_likes(tmp_path):
     loaded, image = detr.load(tmp_path / "old.pth").model, torch.rand(3, 64, 96)
     before = model.eval()([image])["pred_logits"]
     assert torch.equal(loaded([image])["pred_logits"], before)
-    loaded.transformer.decoder.prior = True                             # which would not be the same
+    loaded.transformer.decoder.prior = box_prior                           # which would not be the same
     assert (loaded([image])["pred_logits"] - before).abs().max() > 1e-4
 
 

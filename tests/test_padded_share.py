@@ -1,5 +1,4 @@
 """The script that prints shares of padding, on images whose shares can be told by heart."""
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -7,17 +6,14 @@ from pathlib import Path
 import pytest
 
 from datasets.transforms import Preprocessing, train_transforms
+from scripts import padded_share
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "padded_share.py"
 WIDE, TALL = (20, 40), (40, 20)                                     # height, width; half of a batch of both is padding
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("padded_share_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return padded_share
 
 
 @pytest.fixture(scope="module")

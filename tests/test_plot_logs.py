@@ -1,5 +1,4 @@
 """``scripts/plot_logs.py``: what is drawn is what the logs say, and no two runs look alike."""
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,17 +7,14 @@ import pytest
 from PIL import Image
 
 from detr import compare_runs
+from scripts import plot_logs
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "plot_logs.py"
 PUBLISHED = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"}   # Okabe and Ito
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("plot_logs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plot_logs
 
 
 @pytest.fixture

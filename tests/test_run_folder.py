@@ -128,7 +128,7 @@ def test_a_leftover_name_does_not_stop_the_next_save(tmp_path):
     run = RunFolder(tmp_path)
     run.save(state(1))
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
-        os.link(tmp_path / "checkpoint.pth", checkpoint._partial(tmp_path / name))
+        os.link(tmp_path / "checkpoint.pth", checkpoint.partial_of(tmp_path / name))
     os.link(tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth")
     run.save(state(2))
     assert names(tmp_path) == ["checkpoint.pth", "checkpoint_previous.pth"]

@@ -11,6 +11,7 @@ focal loss (Lin et al., 2017), without "no object".
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -142,6 +143,10 @@ class Proposals(nn.Module):
         return proposals, chosen(content), chosen(boxes).detach(), padding.gather(1, best)
 
 
+def no_prior(boxes: Tensor, places: Tensor) -> None:
+    """Queries look where they like; see ``box_prior``."""
+
+
 class ProposalDecoder(nn.Module):
     """Decoder layers, each of which refines the boxes that its queries refer to.
 
@@ -151,7 +156,7 @@ class ProposalDecoder(nn.Module):
 
     def __init__(self, layer: tuple[int, int, int, float], num_layers: int, num_classes: int, prior: bool) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior: Callable[[Tensor, Tensor], Tensor | None] = box_prior if prior else no_prior
         d_model = layer[0]
         self.layers = nn.ModuleList(TransformerDecoderLayer(*layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -166,8 +171,7 @@ class ProposalDecoder(nn.Module):
         layers: list[Outputs] = []
         for layer in self.layers:
             position = self.position(encode_boxes(reference, content.shape[-1] // 2).to(content.dtype))
-            prior = box_prior(reference, centres.mT) if self.prior else None
-            content = layer(content, position, memory, memory_key, mask, query_mask, prior)
+            content = layer(content, position, memory, memory_key, mask, query_mask, self.prior(reference, centres.mT))
             logits, delta = self.heads(self.norm(content))
             boxes = refine_relative(reference, delta)
             layers.append({"pred_logits": logits.masked_fill(query_mask[..., None], Proposals.INVALID),

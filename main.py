@@ -333,14 +333,7 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     if settings.run.compile:
         say(f"compiled at their first call: {few(compiled(model, device), 4)}")
     if sharing is None:
-        if not train.global_batch_size:
-            images = max(min(train.lr_batch, len(training)) // distributed.world_size(), 1) * distributed.world_size()
-            say(f"--auto_batch_size: a step has {images} images, as many as the learning rates are for (--lr_batch); "
-                f"--global_batch_size N takes another number")
-            train = dataclasses.replace(train, global_batch_size=images)
-            settings = dataclasses.replace(settings, train=train)
-        chosen = chosen_batch_size(trial_of(settings, training, model, criterion, train.amp, device))
-        settings = dataclasses.replace(settings, train=dataclasses.replace(train, batch_size=chosen))
+        settings = with_batch_size_that_fits(settings, training, model, criterion, device)
         sharing = shared_out(settings)
         say(sharing_in_words(sharing))
     train = dataclasses.replace(settings.train, batch_size=sharing.batch_size)
@@ -384,6 +377,21 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         pictures.save(folder / "batch.png")
         say(f"picture of the training images: {folder / 'batch.png'}")
     return fit(settings, training, model, criterion, judge, preprocessing, folder, device, sharing, held)
+
+
+def with_batch_size_that_fits(settings: Settings, training: Any, model: torch.nn.Module, criterion: torch.nn.Module,
+                              device: torch.device) -> Settings:
+    """``--auto_batch_size``: the settings with the largest batch that fits, and as many images a step as the learning
+    rates are for, unless the user said how many."""
+    train = settings.train
+    if not train.global_batch_size:
+        images = max(min(train.lr_batch, len(training)) // distributed.world_size(), 1) * distributed.world_size()
+        say(f"--auto_batch_size: a step has {images} images, as many as the learning rates are for (--lr_batch); "
+            f"--global_batch_size N takes another number")
+        train = dataclasses.replace(train, global_batch_size=images)
+        settings = dataclasses.replace(settings, train=train)
+    chosen = chosen_batch_size(trial_of(settings, training, model, criterion, train.amp, device))
+    return dataclasses.replace(settings, train=dataclasses.replace(train, batch_size=chosen))
 
 
 def report(settings: Settings, judge: Judge, results: dict[str, Any], device: torch.device) -> bool:

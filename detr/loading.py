@@ -23,7 +23,7 @@ from .panoptic import PanopticPrediction
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Picture, Preprocessing, as_picture, height_width, normalisation
 from .settings import Settings, classes_that_fit, decide
 from .structures import Category, Detections, Outputs, selected
-from .tiles import in_tiles, places
+from .tiles import OVERLAP, in_tiles, places
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 """What a detector takes for an image; see ``preprocessing.as_picture``."""
@@ -76,8 +76,8 @@ class Detector(nn.Module):
     @torch.no_grad()
     def predict(self, images: AnyImage | Sequence[AnyImage], threshold: float = 0.0, batch_size: int = 1,
                 classes: str | int | Sequence[str | int] | None = None, nms: float | None = None,
-                one_label_per_query: bool = False, tile: int | None = None, overlap: float = 0.2, whole: bool = False,
-                names: Sequence[str] | None = None,
+                one_label_per_query: bool = False, tile: int | None = None, overlap: float | None = None,
+                whole: bool = False, names: Sequence[str] | None = None,
                 without_class: Counter[int] | None = None) -> list[NamedDetections]:
         """What is on one image, or on each of several: paths, PIL images, uint8 arrays ``[H, W, C]`` or tensors
         ``[C, H, W]`` in RGB. Calling the detector does the same.
@@ -94,10 +94,10 @@ class Detector(nn.Module):
         that score each class by itself may name several.
 
         ``tile``: the image goes through the model in squares of so many pixels, ``batch_size`` at a time, which overlap
-        by ``overlap`` of their side, and what several of them see of one object is one detection; see ``detr.tiles``. It
-        is for images much larger than what the model was trained on, with objects small against a tile; a tile is
-        resized as an image is. ``whole`` adds the whole image as one more tile, for objects that are not small. Of
-        panoptic models ``nms`` and ``tile`` are refused: ground and sky are no objects to join or to count.
+        by ``overlap`` of their side (0.2), and what several of them see of one object is one detection; see
+        ``detr.tiles``. It is for images much larger than what the model was trained on, with objects small against a
+        tile; a tile is resized as an image is. ``whole`` adds the whole image as one more tile, for objects that are not
+        small. Of panoptic models ``nms`` and ``tile`` are refused: ground and sky are no objects to join or to count.
 
         ``names``: what messages call the images, instead of their paths or places. ``without_class`` counts, by label,
         the detections that are left out because the data does not use their label, those of each tile.
@@ -106,6 +106,7 @@ class Detector(nn.Module):
         """
         several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) else list(images)
         self._check(threshold, batch_size, nms, tile, overlap, whole)
+        share = OVERLAP if overlap is None else overlap
         used, kept = set(self.names), self._labels(classes)
         if names is None:
             names = [str(image) if isinstance(image, (str, Path)) else f"image {k}" for k, image in enumerate(several)]
@@ -138,7 +139,7 @@ class Detector(nn.Module):
                 found += detect(called, pictures)
             else:
                 of_tiles = functools.partial(detect, called)
-                found.append(finish(in_tiles(pictures[0], of_tiles, tile, overlap, batch_size, whole)))
+                found.append(finish(in_tiles(pictures[0], of_tiles, tile, share, batch_size, whole)))
         return [self._named(one) for one in found]
 
     forward = predict
@@ -215,7 +216,7 @@ class Detector(nn.Module):
             labels |= those
         return labels
 
-    def _check(self, threshold: float, batch_size: int, nms: float | None, tile: int | None, overlap: float,
+    def _check(self, threshold: float, batch_size: int, nms: float | None, tile: int | None, overlap: float | None,
                whole: bool) -> None:
         """Raises ValueError for what ``predict`` cannot do."""
         if not 0 <= threshold <= 1:
@@ -224,11 +225,11 @@ class Detector(nn.Module):
             raise ValueError(f"batch_size {batch_size}: at least 1 is needed")
         if nms is not None and not 0 <= nms <= 1:
             raise ValueError(f"nms {nms}: an IoU, 0 to 1, is needed, or None to keep all")
-        if tile is None and (overlap != 0.2 or whole):
+        if tile is None and (overlap is not None or whole):
             raise ValueError(f"{'whole' if whole else f'overlap {overlap}'} is about tiles, and there are none; give "
                              f"tile=PIXELS, too")
         if tile is not None:
-            places(1, 1, tile, overlap)                                                         # checks them
+            places(1, 1, tile, OVERLAP if overlap is None else overlap)                         # checks them
         if "panoptic" in self.postprocessors and (nms is not None or tile is not None):
             raise ValueError(f"{'nms' if tile is None else 'tile'} is for models of things that can be counted, and this "
                              f"one is panoptic: its ground and sky are not; leave it out")

@@ -40,6 +40,7 @@ from torch import Tensor
 from .preprocessing import Picture, height_width
 from .structures import Detections, Rle, selected
 
+OVERLAP = 0.2           # of a tile's side that neighbours share, unless somebody says otherwise
 SAME = 0.5              # IoU of boxes of one object, seen by two tiles
 SHARED = 0.5            # part of what both tiles see of it
 EXPLAINED = 0.7         # part of a cut box that lies in a detection which sees more, or so near to it
@@ -55,7 +56,7 @@ class Tile(NamedTuple):
     bottom: int
 
 
-def places(height: int, width: int, tile: int, overlap: float = 0.2) -> list[Tile]:
+def places(height: int, width: int, tile: int, overlap: float = OVERLAP) -> list[Tile]:
     """Tiles of ``tile`` pixels a side that cover an image, row by row. Neighbours share at least ``overlap`` of a side,
     all about the same, and the last are flush with the image; where it is smaller than a tile, so are they."""
     if not 1 <= tile:
@@ -74,8 +75,8 @@ def places(height: int, width: int, tile: int, overlap: float = 0.2) -> list[Til
     return [Tile(left, top, right, bottom) for top, bottom in spans(height) for left, right in spans(width)]
 
 
-def in_tiles(picture: Picture, detect: Callable[[list[Picture]], Sequence[Detections]], tile: int, overlap: float = 0.2,
-             batch_size: int = 1, whole: bool = False) -> Detections:
+def in_tiles(picture: Picture, detect: Callable[[list[Picture]], Sequence[Detections]], tile: int,
+             overlap: float = OVERLAP, batch_size: int = 1, whole: bool = False) -> Detections:
     """What ``detect`` finds in the tiles of a picture, ``batch_size`` of them at a time: ``scores``, ``labels``,
     ``boxes`` and, where it gives run-length codes, ``masks``, of the whole picture, the highest score first. ``whole``:
     the whole picture is one more tile. Nothing of a tile is kept but its detections."""

@@ -81,6 +81,7 @@ from detr.panoptic import PanopticPrediction
 from detr.presets import PRESETS
 from detr.sources import FORMATS, Item, Source, Video, sources
 from detr.structures import Category, Detections, selected
+from detr.tiles import OVERLAP
 from detr.visualize import draw_detections, draw_panoptic
 from detr.writers import CocoJson, Csv, Names, VideoFile, Yolo, stem_of
 from engine import duration
@@ -103,7 +104,7 @@ class Choice:
     nms: float | None = None
     one_label_per_query: bool = False
     tile: int | None = None
-    overlap: float = 0.2
+    overlap: float | None = None
     whole: bool = False
 
     def words(self) -> dict[str, Any]:
@@ -446,7 +447,7 @@ def check(choice: Choice, detector: Detector, wanted: Sequence[Source]) -> None:
         for flag, value in (("--classes", choice.classes), ("--threshold of single classes", choice.thresholds),
                             ("--nms", choice.nms), ("--one_label_per_query", choice.one_label_per_query),
                             ("--tile", choice.tile), ("--whole", choice.whole),
-                            ("--overlap", choice.overlap != Choice.overlap)):
+                            ("--overlap", choice.overlap is not None)):
             if value:
                 raise ValueError(f"{flag} is about boxes, and {detector.name} of this checkpoint is panoptic: each pixel "
                                  f"has one segment; leave it out")
@@ -479,8 +480,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         "with a sigmoid may otherwise name one object twice")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="look at large images in squares of this side, and "
                         "join what they show; objects should be to a tile as those of training were to their images")
-    parser.add_argument("--overlap", type=float, default=Choice.overlap, metavar="PART", help="of a tile's side that "
-                        "neighbours share, at least the size of the objects (default: %(default)s)")
+    parser.add_argument("--overlap", type=float, metavar="PART", help="of a tile's side that neighbours share, at "
+                        f"least the size of the objects (default: {OVERLAP})")
     parser.add_argument("--whole", action="store_true", help="the whole image as one more tile, for large objects")
     parser.add_argument("--format", nargs="+", choices=WRITTEN, metavar="FORMAT", help=f"what is written, of "
                         f"{', '.join(WRITTEN)}; several at once (default: pictures json; of videos: video json)")

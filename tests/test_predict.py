@@ -932,6 +932,7 @@ def test_thresholds_that_are_there_twice(script, text, what):
     (["--threshold", "0.5,bleu=0.2"], "--threshold bleu=0.2: the model has no class 'bleu'; did you mean blue"),
     (["--classes", "bleu"], "class 'bleu' is not among the model's 3; the nearest are 'blue'"),
     (["--overlap", "0.3"], "overlap 0.3 is about tiles"),
+    (["--overlap", "0.2"], "overlap 0.2 is about tiles"),
     (["--nms", "2"], "nms 2.0: an IoU"),
 ])
 def test_what_does_not_fit_together(script, trained, photos, words, message):

@@ -26,7 +26,10 @@ def matched_queries(match: Match, device: torch.device) -> tuple[Tensor, Tensor]
 
 def matched_targets(name: str, targets: Sequence[Target], match: Match) -> Tensor:
     """The field ``name`` of all matched objects, in the order of ``matched_queries``."""
-    return torch.cat([target[name][obj.to(target[name].device)] for target, (_, obj) in zip(targets, match)])
+    values, starts = torch.cat([target[name] for target in targets]), [0]
+    for target in targets:
+        starts.append(starts[-1] + len(target[name]))
+    return values[torch.cat([obj + start for start, (_, obj) in zip(starts, match)]).to(values.device)]
 
 
 @torch.no_grad()

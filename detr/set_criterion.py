@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .structures import Divisors, Match, Outputs, Target, in_float32
+from .structures import Divisors, Match, NonFiniteError, Outputs, Target, in_float32
 
 Loss = Callable[[Outputs, Sequence[Target], Match, Divisors], dict[str, Tensor]]
+Row = tuple[str, Outputs, Sequence[Target]]     # a set of predictions that is trained, after the suffix of its losses
 
 
 class SetCriterion(nn.Module):
@@ -42,13 +43,43 @@ class SetCriterion(nn.Module):
         own."""
         if divisors is None:
             divisors = self.divisors([targets], outputs["pred_logits"].device)[0]
+        rows = [(suffix, in_float32(predictions), objects)
+                for suffix, predictions, objects in self.supervised(outputs, targets)]
         values: dict[str, Tensor] = {}
-        for suffix, predictions, objects in self.supervised(outputs, targets):
-            predictions = in_float32(predictions)
-            match = predictions["match"] if "match" in predictions else self.matcher(predictions, objects)
+        for (suffix, predictions, objects), match in zip(rows, self.matches(rows)):
             for loss in self.losses:
                 values |= {name + suffix: value for name, value in loss(predictions, objects, match, divisors).items()}
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
+
+    def matches(self, rows: Sequence[Row]) -> list[Match]:
+        """The match of each row: its own, or the matcher's. Rows of one shape, such as those of all decoder layers, are
+        matched in one call, as so many more images."""
+        found = [predictions.get("match") for _, predictions, _ in rows]
+        alike: dict[tuple[torch.Size, ...], list[int]] = {}
+        for i, (_, predictions, _) in enumerate(rows):
+            if found[i] is None:
+                alike.setdefault((predictions["pred_logits"].shape, predictions["pred_boxes"].shape), []).append(i)
+        for members in alike.values():
+            given = [rows[i] for i in members]
+            stacked = stack([predictions for _, predictions, _ in given])
+            try:
+                match = self.matcher(stacked, [target for _, _, objects in given for target in objects])
+            except NonFiniteError:
+                self.blame_row(given)
+                raise
+            batch = len(match) // len(members)
+            for k, i in enumerate(members):
+                found[i] = match[batch * k:batch * (k + 1)]
+        return [match for match in found if match is not None]
+
+    def blame_row(self, rows: Sequence[Row]) -> None:
+        """Raise the matcher's ``NonFiniteError`` about the first row that it fails on by itself, with that row's name."""
+        for suffix, predictions, objects in rows:
+            try:
+                self.matcher(predictions, objects)
+            except NonFiniteError as error:
+                where = f", in the predictions whose losses end in {suffix}" if suffix else ""
+                raise NonFiniteError(f"{error}{where}") from None
 
     def weigh_classes(self, class_weights: Sequence[float] | Tensor | None) -> None:
         """From now on an object counts in the class loss as much as the weight of its label says; None: all alike, as
@@ -63,8 +94,7 @@ class SetCriterion(nn.Module):
         """What is back-propagated: the sum of the losses that have a weight, times it."""
         return torch.stack([losses[name] * w for name, w in self.weight_dict.items() if name in losses]).sum()
 
-    def supervised(self, outputs: Outputs,
-                   targets: Sequence[Target]) -> Iterator[tuple[str, Outputs, Sequence[Target]]]:
+    def supervised(self, outputs: Outputs, targets: Sequence[Target]) -> Iterator[Row]:
         """One row for each set of predictions that is trained: the suffix of its losses, the predictions, and their
         targets."""
         yield "", outputs, targets
@@ -91,6 +121,16 @@ class SetCriterion(nn.Module):
         images, boxes, weight = distributed.sum_over_processes(torch.cat([counts.sum(0), weight[None]]))
         share = world_size * len(batches)
         return [Divisors(boxes.clamp(min=1) / share, images / share, boxes / share, weight / share)] * len(batches)
+
+
+def stack(layers: Sequence[Outputs]) -> Outputs:
+    """Logits and boxes of layers of one shape as those of more images, layer after layer: ``[K * B, Q, ...]``. Without
+    gradient."""
+    if len(layers) == 1:
+        return layers[0]
+    with torch.no_grad():
+        return {"pred_logits": torch.cat([layer["pred_logits"] for layer in layers]),
+                "pred_boxes": torch.cat([layer["pred_boxes"] for layer in layers])}
 
 
 def class_agnostic(targets: Sequence[Target]) -> list[Target]:

@@ -139,7 +139,7 @@ def test_float32_where_it_matters(name, amp, monkeypatch):
     model.train()
     seen: dict[str, set[torch.dtype]] = {}
     watched(monkeypatch, seen, deformable_attention, "deformable_sampling", lambda _, __, at, weights, ___: (at, weights))
-    watched(monkeypatch, seen, matcher, "generalized_box_iou", lambda a, b: (a, b))
+    watched(monkeypatch, seen, matcher, "add_box_cost", lambda *args: args[:3])
     watched(monkeypatch, seen, losses, "paired_giou", lambda a, b: (a, b))
     watched(monkeypatch, seen, losses, "sigmoid_focal_loss", lambda x, true, *_: (x, true))
     watched(monkeypatch, seen, losses.F, "cross_entropy", lambda x, *_, **__: (x,))
@@ -160,7 +160,7 @@ def test_float32_where_it_matters(name, amp, monkeypatch):
         assert {value.dtype for value in values.values()} == {torch.float32}
         assert_finite(values, [], amp)
     assert low == {LOW[amp]}                                                # or nothing was shown
-    expected = {"generalized_box_iou", "paired_giou", "l1_loss", "linear_sum_assignment",
+    expected = {"add_box_cost", "paired_giou", "l1_loss", "linear_sum_assignment",
                 "cross_entropy" if name == "detr_resnet50" else "sigmoid_focal_loss"}
     if "deformable" in name:
         expected |= {"deformable_sampling", "reference"}

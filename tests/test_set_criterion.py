@@ -228,3 +228,57 @@ def test_labels_out_of_range():
     true[1]["labels"][0] = C
     with pytest.raises(ValueError, match=rf"image 1 of the batch has the labels \[{C}\].*0 to {C - 1}"):
         criterion()(outputs(2), true)
+
+
+def test_all_layers_are_matched_in_one_call():
+    """As one by one; a set of another number of queries by itself, and one that has its match not at all."""
+    loss, predicted, true = criterion(), outputs(2, aux=3), targets(3, 2)
+    alone = [HungarianMatcher(1, 5, 2)(layer, true) for layer in (predicted, *predicted["aux_outputs"])]
+    calls: list[tuple[int, ...]] = []
+    handle = loss.matcher.register_forward_hook(lambda _, args, match: calls.append(tuple(args[0]["pred_logits"].shape)))
+    rows = [("", predicted, true)] + [(f"_{i}", layer, true) for i, layer in enumerate(predicted["aux_outputs"])]
+    few = {name: x[:, :5] for name, x in predicted.items() if name != "aux_outputs"}
+    known = predicted | {"match": alone[1]}
+    found = loss.matches([*rows, ("_few", few, true), ("_known", known, true)])
+    handle.remove()
+    assert calls == [(8, Q, C + 1), (2, 5, C + 1)] and found[-1] is alone[1]
+    expected = [*alone, HungarianMatcher(1, 5, 2)(few, true)]
+    assert all(torch.equal(a, b) for one, other in zip(found, expected) for p, q in zip(one, other) for a, b in zip(p, q))
+
+
+def test_layers_do_not_mix():
+    """Losses of a layer are what they are without the other layers."""
+    loss, predicted, true = criterion(), outputs(2, aux=2), targets(3, 2)
+    together = loss(predicted, true)
+    for i, layer in enumerate(predicted["aux_outputs"]):
+        alone = loss(layer, true)
+        assert all(torch.equal(together[f"{name}_{i}"], alone[name]) for name in alone if name != "class_error")
+
+
+def test_a_matcher_of_ones_own():
+    """Any module that takes outputs and targets is called with them, and may be a forward of its own."""
+    class InOrder(HungarianMatcher):
+        def forward(self, outputs, targets):
+            assert len(targets) == len(outputs["pred_logits"])
+            return [(torch.arange(len(target["labels"])),) * 2 for target in targets]
+
+    predicted, true = outputs(2), targets(3, 2)
+    loss = SetCriterion(InOrder(), criterion().losses, {})
+    true_boxes = torch.cat([target["boxes"] for target in true])
+    for suffix, layer in (("", predicted), ("_1", predicted["aux_outputs"][1])):
+        boxes = torch.cat([layer["pred_boxes"][0, :3], layer["pred_boxes"][1, :2]])
+        expected = (boxes - true_boxes).abs().sum() / 5
+        torch.testing.assert_close(loss(predicted, true)[f"loss_bbox{suffix}"], expected)
+
+
+def test_which_layer_is_not_a_number():
+    predicted = outputs(2, aux=3)
+    with torch.no_grad():
+        predicted["aux_outputs"][2]["pred_logits"][0, 3] = math.nan
+    with pytest.raises(NonFiniteError, match="^not finite: pred_logits of image 0, in the predictions whose losses end "
+                                             "in _2$"):
+        criterion()(predicted, targets(3, 1))
+    with torch.no_grad():
+        predicted["pred_boxes"][1, 3] = math.nan
+    with pytest.raises(NonFiniteError, match="^not finite: pred_boxes of image 1$"):
+        criterion()(predicted, targets(3, 1))

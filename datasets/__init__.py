@@ -15,8 +15,9 @@ from datasets.formats import recognise
 from datasets.from_python import from_dataset
 from datasets.panoptic_eval import PanopticEvaluator
 from datasets.split import SPLITS
+from datasets.transforms import into_batch
 from detr.coco_classes import published_classes
-from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from detr.nested_tensor import NestedTensor
 from detr.structures import Category, Target
 
 __all__ = ["DATASETS", "build_coco", "build_dataset", "build_evaluators", "collate", "from_dataset",
@@ -116,4 +117,4 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[
     """Items of a data set -> images padded to one size with the mask of the padding, and the targets as they are."""
     images: list[Any]
     images, targets = map(list, zip(*batch))
-    return nested_tensor_from_tensor_list(images), targets
+    return into_batch(images), targets

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from datasets.annotations import LAYOUT, checked, class_table, index, masks, num
 from datasets.examination import counted, few
 from datasets.file_cache import FileCache
 from datasets.flat import Numbers, Segmentations, Strings
-from datasets.images import Picture, height_width, read_image
+from datasets.images import Deferred, Picture, height_width, read_deferred, read_image
 from datasets.split import is_region
 from detr.distributed import is_main
 from detr.structures import Category, Target
@@ -33,7 +34,9 @@ class CocoDetection(Dataset):
     objects, and are counted in a printed line; images without objects stay. ``return_masks`` adds ``masks``.
     ``cache_mode`` keeps the image files in memory, see ``FileCache``. With ``ignore_regions`` a target has ``ignore
     [M, 4]``, the boxes of crowds and of regions to be ignored, clipped as ``boxes`` are. ``remove_difficult`` takes what
-    Pascal VOC marks as difficult for such a region, too; by default it is an object like others.
+    Pascal VOC marks as difficult for such a region, too; by default it is an object like others. ``fast_images``, "on" or
+    "reduced", hands ``transforms`` images that are read by ``read_deferred``, and where there are none, uint8 ``[C, H,
+    W]``; targets are the same. It may be changed at any time before workers are started.
 
     ``read`` gives COCO's form of annotations in another format, in place of reading ``annotation_file``, which messages
     still name. ``categories`` is the class table to use; the file's categories must be among it. Without it the table is
@@ -46,11 +49,12 @@ class CocoDetection(Dataset):
     def __init__(self, image_folder: str | Path, annotation_file: str | Path, transforms: Transforms | None = None,
                  return_masks: bool = False, categories: Sequence[Category] | None = None,
                  cache_mode: bool = False, channels: int = 3, read: Callable[[], dict[str, Any]] | None = None,
-                 ignore_regions: bool = False, remove_difficult: bool = False) -> None:
+                 ignore_regions: bool = False, remove_difficult: bool = False, fast_images: str = "off") -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.channels = channels
+        self.fast_images = fast_images
         self.ignore_regions, self.remove_difficult = ignore_regions, remove_difficult
         self._read_form = read or partial(read_json, self.annotation_file)
         if not self.image_folder.is_dir():
@@ -104,7 +108,7 @@ class CocoDetection(Dataset):
         return len(self.ids)
 
     def __getitem__(self, i: int) -> tuple[Any, Target]:
-        image, target = self.image(i), self.target(i)
+        image, target = self.image(i) if self.fast_images == "off" else self._deferred(i), self.target(i)
         height, width = target["size"].tolist()
         there = height_width(image)
         if there != (height, width):
@@ -112,14 +116,29 @@ class CocoDetection(Dataset):
                              f"once its EXIF orientation is applied, but {self.annotation_file} says {width} x "
                              f"{height} for image id {self.ids[i]}, so its boxes would be misplaced; correct width, "
                              f"height and boxes, or copy the file that was annotated here")
-        return self.transforms(image, target) if self.transforms else (image, target)
+        with self._named(i) if isinstance(image, Deferred) else nullcontext():          # which is read now
+            if self.transforms:
+                return self.transforms(image, target)
+            return image.planes() if isinstance(image, Deferred) else image, target
 
     def image(self, i: int) -> Picture:
         """Image ``i`` before ``transforms``, upright: PIL, RGB or grey, or uint8 ``[C, H, W]`` for another number of
         ``channels``. Raises OSError with its name and id."""
-        content = None if self._cache is None else self._cache[i]
+        with self._named(i):
+            return read_image(*self._file(i), self.channels)
+
+    def _deferred(self, i: int) -> Picture:
+        with self._named(i):
+            return read_deferred(*self._file(i), self.channels, reduced=self.fast_images == "reduced")
+
+    def _file(self, i: int) -> tuple[Path, bytes | None]:
+        return self.image_folder / self.files[i], None if self._cache is None else self._cache[i]
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """What is wrong with the file of image ``i`` is said with its id."""
         try:
-            return read_image(self.image_folder / self.files[i], content, self.channels)
+            yield
         except OSError as error:
             raise type(error)(f"{error} (image id {self.ids[i]} of {self.annotation_file})") from error
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.random import fork_rng
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from datasets.images import SizeOnly as SizeOnly
 from datasets.images import height_width
 from datasets.transforms import ToTensor
 from detr.structures import Target
@@ -65,47 +65,6 @@ def drawn_sizes(transforms: v2.Compose, sizes: Sequence[Size], seeds: Sequence[i
                 image, target = step(image, target)
             drawn.append(height_width(image))
     return drawn
-
-
-class SizeOnly(Image.Image):
-    """A picture without pixels: to flip, crop or resize it costs next to nothing, and gives the size that it gives of
-    any picture."""
-
-    def __init__(self, height: int, width: int) -> None:                # without Pillow's, which is about pixels
-        self._height_width = height, width
-
-    @property
-    def height(self) -> int:
-        return self._height_width[0]
-
-    @property
-    def width(self) -> int:
-        return self._height_width[1]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.width, self.height
-
-    @property
-    def mode(self) -> str:
-        return "RGB"
-
-    def load(self) -> Any:
-        """What Pillow calls before it reads pixels."""
-        raise TypeError("a step of the training transforms reads pixels before ToTensor, where --bucket_train runs them "
-                        "on sizes alone; put it behind ToTensor, or leave --bucket_train out")
-
-    def transpose(self, method: Image.Transpose) -> SizeOnly:
-        upright = method in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
-        return self if upright else SizeOnly(self.width, self.height)
-
-    def resize(self, size: Any, *args: Any, **kwargs: Any) -> SizeOnly:
-        width, height = size
-        return SizeOnly(height, width)
-
-    def crop(self, box: Any = None) -> SizeOnly:
-        left, top, right, bottom = box
-        return SizeOnly(bottom - top, right - left)
 
 
 @contextmanager

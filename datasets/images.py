@@ -1,18 +1,23 @@
-"""Image files -> upright pictures of 8 bits: how they are read in training, evaluation and ``scripts/predict.py``."""
+"""Image files -> upright pictures of 8 bits: how they are read in training, evaluation and ``scripts/predict.py``; and
+pictures whose pixels come later: ``SizeOnly``, ``Deferred``."""
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL import TiffImagePlugin as tiff
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+from torch.nn.functional import interpolate
 
-from detr.preprocessing import DAMAGED, Picture, in_colours, scaled, to_8_bits, too_large
+from detr.preprocessing import DAMAGED, Picture, as_planes, in_colours, scaled, to_8_bits, too_large
 from detr.preprocessing import height_width as height_width
 
 _ORIENTATION = ExifTags.Base.Orientation
@@ -23,7 +28,7 @@ _LAYOUT = (tiff.IMAGEWIDTH, tiff.IMAGELENGTH, tiff.COMPRESSION, tiff.FILLORDER, 
            tiff.TILELENGTH, *_PLACES)
 
 
-def read_image(path: str | Path, content: bytes | None = None, channels: int = 3) -> Picture:
+def read_image(path: str | Path, content: bytes | None = None, channels: int = 3, reduced: int = 1) -> Picture:
     """The image at ``path`` in 8 bits, as a viewer shows it: EXIF orientation is applied.
 
     3 channels give PIL RGB, and 1 gives PIL grey (L). Colour, grey, black and white, palette, CMYK and YCbCr files
@@ -35,7 +40,8 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
     numbers (``.npy``, which may also have 1 or 3 channels, but is never converted).
 
     Numbers of 16 bits are scaled from their full range, 0..65535, to 0..255. Where the file's ``content`` is given, the
-    file itself is not opened.
+    file itself is not opened. ``reduced`` (2, 4 or 8) decodes a JPEG of 1 or 3 channels at that part of its size, rounded
+    up, which takes less time.
 
     Raises FileNotFoundError where there is no file, and OSError where it is no image, is damaged, is cut short or has
     another number of channels.
@@ -49,6 +55,8 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
     try:
         if channels in (1, 3) and not is_array:
             with Image.open(path if content is None else io.BytesIO(content)) as image:
+                if reduced > 1:
+                    image.draft(None, (max(1, image.width // reduced), max(1, image.height // reduced)))
                 ImageOps.exif_transpose(image, in_place=True)                   # reads the pixels, too
                 return in_colours(image, channels)
         whole = path.read_bytes() if content is None else content
@@ -70,6 +78,144 @@ def read_image(path: str | Path, content: bytes | None = None, channels: int = 3
     if channels in (1, 3):
         return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class SizeOnly(Image.Image):
+    """A picture without pixels: to flip, crop or resize it costs next to nothing, and gives the size that it gives of
+    any picture."""
+    remedy = ("a step of the training transforms reads pixels before ToTensor, where --bucket_train runs them on sizes "
+              "alone; put it behind ToTensor, or leave --bucket_train out")
+
+    def __init__(self, height: int, width: int) -> None:                # without Pillow's, which is about pixels
+        self._height_width = height, width
+
+    @property
+    def height(self) -> int:
+        return self._height_width[0]
+
+    @property
+    def width(self) -> int:
+        return self._height_width[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def mode(self) -> str:
+        return "RGB"
+
+    def load(self) -> Any:
+        """What Pillow calls before it reads pixels."""
+        raise TypeError(self.remedy)
+
+    def transpose(self, method: Image.Transpose) -> SizeOnly:
+        upright = method in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
+        return self if upright else SizeOnly(self.width, self.height)
+
+    def resize(self, size: Any, *args: Any, **kwargs: Any) -> SizeOnly:
+        width, height = size
+        return SizeOnly(height, width)
+
+    def crop(self, box: Any = None) -> SizeOnly:
+        left, top, right, bottom = box
+        return SizeOnly(bottom - top, right - left)
+
+
+class Deferred(SizeOnly):
+    """A picture that is read when ``planes`` asks for it: until then, mirroring, cropping and resizing it note what is to
+    be done, so that all sizes are known before a file is decoded.
+
+    ``read(times)`` gives the whole picture, uint8 ``[C, H, W]``; where ``times`` is 2, 4 or 8 or above, it may be reduced
+    by that. Resizing is bilinear with antialiasing, by PyTorch in whole numbers: what Pillow does in 32 bits is done in
+    16, so that a value differs by 1 of 255 at a few of a thousand places, in some pictures of a hundred; rarely by 2.
+    """
+    remedy = ("a step of the training transforms reads pixels before ToTensor, or does more than mirror, crop and resize "
+              "bilinearly, but --fast_images reads them in ToTensor; put it behind ToTensor, or leave --fast_images out")
+
+    def __init__(self, height: int, width: int, read: Callable[[float], Tensor],
+                 steps: tuple[Callable[[Tensor], Tensor], ...] = (), times: float | None = None) -> None:
+        super().__init__(height, width)
+        self._read, self._steps = read, steps
+        self._times = times                                 # what the first resize divides sides by; 1 behind a crop
+
+    def planes(self) -> Tensor:
+        """uint8 ``[C, H, W]``. Raises OSError where the file is damaged."""
+        planes = self._read(self._times or 1)
+        for step in self._steps:
+            planes = step(planes)
+        return planes
+
+    def _then(self, height: int, width: int, step: Callable[[Tensor], Tensor], times: float | None) -> Deferred:
+        return Deferred(height, width, self._read, (*self._steps, step), self._times or times)
+
+    def transpose(self, method: Image.Transpose) -> Deferred:
+        if method != Image.Transpose.FLIP_LEFT_RIGHT:
+            raise TypeError(self.remedy)
+        return self._then(self.height, self.width, lambda planes: planes.flip(-1), None)
+
+    def resize(self, size: Any, resample: int | None = None, *args: Any, **kwargs: Any) -> Deferred:
+        if resample != Image.Resampling.BILINEAR or args or kwargs:
+            raise TypeError(self.remedy)
+        width, height = size
+        return self._then(height, width, lambda planes: _resized(planes, height, width),
+                          min(self.height / height, self.width / width))
+
+    def crop(self, box: Any = None) -> Deferred:
+        left, top, right, bottom = box
+
+        def cut(planes: Tensor) -> Tensor:
+            beyond = (max(0, -left), max(0, right - planes.shape[2]), max(0, -top), max(0, bottom - planes.shape[1]))
+            inside = planes[:, max(0, top):max(0, bottom), max(0, left):max(0, right)]
+            return torch.nn.functional.pad(inside, beyond) if any(beyond) else inside
+
+        return self._then(bottom - top, right - left, cut, 1.0)
+
+
+GAP = 1.5                   # a reduced JPEG has at least so many times the pixels a side that the resize leaves
+
+
+def _resized(planes: Tensor, height: int, width: int) -> Tensor:
+    """uint8 ``[C, H, W]`` -> uint8 ``[C, height, width]``, as antialiased bilinear weights say, rounded after each
+    direction as Pillow does."""
+    if planes.shape[1:] == (height, width):
+        return planes
+    batch = planes[None].contiguous(memory_format=torch.channels_last)          # in this order PyTorch is fastest
+    batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:]))     # and sees the order of a batch of 1
+    return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def read_deferred(path: str | Path, content: bytes | None = None, channels: int = 3, reduced: bool = False) -> Picture:
+    """The image at ``path`` as ``read_image`` gives it, but of a JPEG no more than the header is read now; where the
+    number of channels is neither 1 nor 3, just as ``read_image`` gives it.
+
+    The pixels are the same where ``reduced`` is False. Else a JPEG that the first resize makes smaller by 3 or more is
+    decoded at half, a quarter or an eighth of its size (so that at least 1.5 times the pixels a side are left to resize
+    from), which leaves out its finest details before the resize does. Errors are those of ``read_image``, what is wrong
+    with a JPEG's pixels only when they are asked for.
+    """
+    path = Path(path)
+    if channels not in (1, 3) or path.suffix.lower() == ".npy":
+        return read_image(path, content, channels)
+    if content is None and path.is_file():
+        content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content or b"")) as image:
+            stored = image.size
+            orientation = image.getexif().get(_ORIENTATION, 1) if isinstance(image, JpegImageFile) else None
+    except DAMAGED:
+        orientation = None
+    if content is None or orientation is None:                                  # no JPEG, or none that can be read
+        picture = read_image(path, content, channels)
+        return Deferred(*height_width(picture), lambda times: as_planes(picture))
+    whole: bytes = content
+
+    def read(times: float) -> Tensor:
+        factor = next((factor for factor in (8, 4, 2) if reduced and times >= GAP * factor), 1)
+        return as_planes(read_image(path, whole, channels, factor))
+
+    width, height = stored if orientation not in (5, 6, 7, 8) else stored[::-1]
+    return Deferred(height, width, read)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 ``eval_transforms``; stronger ones that can be chosen, and ``describe``, which says in words what a list does.
 
 Every step takes and returns ``(image, target)``, and changes neither of those it was given. Until ``ToTensor`` the image
-is what ``read_image`` gives: a PIL image, or, where it is neither RGB nor grey, uint8 ``[C, H, W]``. The target's
+is what ``read_image`` gives: a PIL image, or, where it is neither RGB nor grey, uint8 ``[C, H, W]``; or a ``Deferred``
+image, whose pixels are read when ``ToTensor`` asks for them. The target's
 boxes are **corners in pixels** (left, top, right, bottom) until ``BoxesToFractions`` makes them what models take, and so
 are the regions ``ignore [M, 4]``, in which not all objects are marked. A step changes those of ``boxes``, ``area``,
 ``masks``, ``labels``, ``iscrowd``, ``ignore`` that the target has, so that an image without ground truth is
@@ -16,21 +17,23 @@ it: each worker's generator is seeded from the main process's.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datasets.images import Picture, height_width
+from datasets.images import Deferred, Picture, height_width
 from detr.boxes import box_area, box_xyxy_to_cxcywh
-from detr.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Size, resized
+from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from detr.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Size, as_planes, normalised, resized
 from detr.preprocessing import normalisation as normalisation
 from detr.structures import Target
 
@@ -226,27 +229,73 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class ToTensor:
-    """Numbers of 8 bits -> float32 ``[C, H, W]`` in 0..1."""
+    """Numbers of 8 bits -> float32 ``[C, H, W]`` in 0..1. Without ``scale`` they stay uint8, for ``Normalize``, which
+    then does both in one pass. The pixels of a ``Deferred`` image are read here."""
+    scale: bool = True
 
     def __call__(self, image: Picture, target: Target) -> tuple[Tensor, Target]:
-        planes = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
-        return planes.contiguous().float().div_(255), target    # PIL's order is pixel by pixel, slower in what follows
+        planes = image.planes() if isinstance(image, Deferred) else as_planes(image)
+        if not self.scale:
+            return planes, target
+        return torch.empty(planes.shape, dtype=torch.float32).copy_(planes).div_(255), target
 
     def in_words(self, names: Mapping[int, str]) -> str:
         """What ``describe`` says of it; ``names`` are those of the labels."""
         return "numbers from 0 to 1"
 
 
+class Unscaled(NamedTuple):
+    """An image in 8 bits, and the numbers that ``into_batch`` normalises it with, where it stands in the batch."""
+    planes: Tensor                          # uint8 [C, H, W]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.planes.shape
+
+
+def into_batch(images: Sequence[Tensor | Unscaled]) -> NestedTensor:
+    """Images -> one padded batch, float32, as ``nested_tensor_from_tensor_list`` makes it. Those that are ``Unscaled``
+    are normalised on the way, which saves a pass and a copy of each, and changes no bit."""
+    if not all(isinstance(image, Unscaled) for image in images) or len({len(image[0]) for image in images}) != 1:
+        return nested_tensor_from_tensor_list([normalised(*image) if isinstance(image, Unscaled) else image
+                                               for image in images])
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    shape = (len(images), *(max(sides) for sides in zip(*sizes)))
+    tensors = _empty(shape[0], images[0].shape[0], *shape[1:])
+    mask = torch.ones(shape, dtype=torch.bool)
+    for image, tensor, padding, (height, width) in zip(images, tensors, mask, sizes):
+        normalised(*image, out=tensor[:, :height, :width])
+        tensor[:, height:] = 0
+        tensor[:, :height, width:] = 0
+        padding[:height, :width] = False
+    return NestedTensor(tensors, mask, sizes)
+
+
+def _empty(*shape: int) -> Tensor:
+    """float32 without values; in a worker of a ``DataLoader`` in shared memory, where it is sent from without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape))).resize_(shape)
+
+
 @dataclass(frozen=True)
 class Normalize:
-    """``(image - mean) / std``, channel by channel."""
+    """``(image - mean) / std``, channel by channel, of an image with values in 0..1; or of a uint8 image, whose values
+    are brought to 0..1 first. With ``in_batch`` a uint8 image becomes ``Unscaled``, for ``into_batch``."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    in_batch: bool = False
 
-    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor | Unscaled, Target]:
         if len(image) != len(self.mean):                        # one number would go for all channels
             raise ValueError(f"an image with {len(image)} channels, but mean and std for {len(self.mean)}; read images "
                              f"with the channels of --in_channels, and give mean and std that many numbers")
+        if image.dtype == torch.uint8:
+            if self.in_batch:
+                return Unscaled(image, self.mean, self.std), target
+            return normalised(image, self.mean, self.std), target
         return F.normalize(image, self.mean, self.std), target
 
     def in_words(self, names: Mapping[int, str]) -> str:
@@ -272,12 +321,12 @@ class BoxesToFractions:
 
 # The two lists.
 
-def eval_transforms(preprocessing: Preprocessing = PUBLISHED) -> v2.Compose:
-    """The list for evaluation and prediction; as it stands, the published one."""
+def eval_transforms(preprocessing: Preprocessing = PUBLISHED, in_batch: bool = False) -> v2.Compose:
+    """The list for evaluation and prediction; as it stands, the published one. ``in_batch``: see ``Normalize``."""
     return v2.Compose([
         RandomResize((preprocessing.size,), preprocessing.max_size),            # of one size: always that
-        ToTensor(),
-        Normalize(preprocessing.mean, preprocessing.std),
+        ToTensor(scale=False),
+        Normalize(preprocessing.mean, preprocessing.std, in_batch),
         BoxesToFractions(),
     ])
 
@@ -285,13 +334,13 @@ def eval_transforms(preprocessing: Preprocessing = PUBLISHED) -> v2.Compose:
 def train_transforms(preprocessing: Preprocessing = PUBLISHED, *, scales: Sequence[Size] = SCALES,
                      crop_resizes: Sequence[int] = CROP_RESIZES, crop_sizes: tuple[int, int] = CROP_SIZES,
                      flip: bool = True, crop: bool = True, no_flip: Sequence[int] = (), color_jitter: float = 0.0,
-                     scale_jitter: tuple[float, float] | None = None) -> v2.Compose:
+                     scale_jitter: tuple[float, float] | None = None, in_batch: bool = False) -> v2.Compose:
     """The list for training; as it stands, the published one.
 
     An image is resized to one of ``scales``, or, half of the time, first to one of ``crop_resizes``, cropped to sides
     within ``crop_sizes``, and then resized to one of ``scales``. ``flip`` and ``crop`` switch these steps off, and images
     with objects of the labels ``no_flip`` are never flipped. Of ``preprocessing``, ``max_size`` limits the last resize,
-    and ``mean`` and ``std`` are used.
+    and ``mean`` and ``std`` are used. ``in_batch``: see ``Normalize``.
 
     Not published: ``color_jitter``, the strength of ``ColorJitter`` above 0 and up to 1; and ``scale_jitter``, the range
     of the factor of ``ScaleJitter``, which takes the place of all resizes and crops (Ghiasi et al.: 0.1 to 2).
@@ -312,9 +361,9 @@ def train_transforms(preprocessing: Preprocessing = PUBLISHED, *, scales: Sequen
     return v2.Compose([
         *([RandomHorizontalFlip(no_flip=tuple(no_flip))] if flip else []),
         size,
-        ToTensor(),
+        ToTensor(scale=bool(color_jitter)),
         *([ColorJitter(color_jitter)] if color_jitter else []),             # behind ToTensor: sizes are known without it
-        Normalize(preprocessing.mean, preprocessing.std),
+        Normalize(preprocessing.mean, preprocessing.std, in_batch),
         BoxesToFractions(),
     ])
 
@@ -322,7 +371,7 @@ def train_transforms(preprocessing: Preprocessing = PUBLISHED, *, scales: Sequen
 def make_transforms(split: str, preprocessing: Preprocessing = PUBLISHED, *, scales: Sequence[Size] | None = None,
                     least_scale: float = 0.6, flip: bool = True, crop: bool = True, aug: str = "published",
                     no_flip: Sequence[int] = (), color_jitter: float = 0.0,
-                    scale_jitter: tuple[float, float] | None = None) -> v2.Compose:
+                    scale_jitter: tuple[float, float] | None = None, in_batch: bool = False) -> v2.Compose:
     """The list for ``split`` ("train" or "val") of a model that is evaluated with ``preprocessing``.
 
     800 pixels for the short side give the published lists. Another ``size`` scales all lengths of the training list in
@@ -331,19 +380,19 @@ def make_transforms(split: str, preprocessing: Preprocessing = PUBLISHED, *, sca
     replaces the list of sizes that training draws from, which else begins at ``least_scale`` of the size.
 
     ``aug="none"`` trains on what evaluation gets: the same list. ``no_flip``, ``color_jitter`` and ``scale_jitter``: see
-    ``train_transforms``.
+    ``train_transforms``. With ``in_batch`` images are normalised by ``into_batch``, see ``Normalize``.
     """
     if aug not in AUGMENTATIONS:
         raise ValueError(f"--aug {aug!r} is not one of {', '.join(AUGMENTATIONS)}")
     if split == "val":
-        return eval_transforms(preprocessing)
+        return eval_transforms(preprocessing, in_batch)
     if split != "train":
         raise ValueError(f"no transforms for split {split!r}; there are 'train' and 'val'")
     if aug == "none":
         for name, value in (("color_jitter", color_jitter), ("scale_jitter", scale_jitter)):
             if value:
                 raise ValueError(f"--aug none and --{name}: images are changed or they are not; leave one of them out")
-        return eval_transforms(preprocessing)
+        return eval_transforms(preprocessing, in_batch)
     size = preprocessing.size
     ratio = (size if isinstance(size, int) else min(size)) / 800
 
@@ -358,7 +407,7 @@ def make_transforms(split: str, preprocessing: Preprocessing = PUBLISHED, *, sca
     least, greatest = in_proportion(CROP_SIZES)
     return train_transforms(preprocessing, scales=scales, crop_resizes=in_proportion(CROP_RESIZES),
                             crop_sizes=(least, greatest), flip=flip, crop=crop, no_flip=no_flip,
-                            color_jitter=color_jitter, scale_jitter=scale_jitter)
+                            color_jitter=color_jitter, scale_jitter=scale_jitter, in_batch=in_batch)
 
 
 # In words.

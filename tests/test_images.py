@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images import height_width, read_image
+from datasets.coco import CocoDetection
+from datasets.images import Deferred, height_width, read_deferred, read_image
+from detr.preprocessing import as_planes
 
 
 @pytest.fixture
@@ -324,3 +326,142 @@ def test_what_is_no_image_of_several_channels(name, content):
     with pytest.raises(OSError, match=rf"image {name} .*is not in a format that Pillow reads; copy it again, convert it "
                                       rf"to .npy, an array \[height, width, channels\], or take it out"):
         read_image(name, content, 5)
+
+
+# Read later.
+
+def textured(height=120, width=88):
+    """Smooth, as photographs are, and nowhere symmetric."""
+    small = Image.fromarray(noise(height // 8, width // 8, 3))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("name, mode, options", [
+    ("a.jpg", "RGB", {}), ("a.jpg", "RGB", {"progressive": True, "subsampling": 0}), ("a.jpg", "L", {}),
+    ("a.jpg", "CMYK", {}), ("a.png", "RGB", {}), ("a.png", "RGBA", {}), ("a.png", "P", {}), ("a.tif", "L", {}),
+    ("a.webp", "RGB", {})])
+def test_what_is_read_later_is_what_is_read_now(tmp_path, name, mode, options, channels):
+    path = saved(textured().convert(mode), tmp_path / name, **options)
+    for content in (None, path.read_bytes()):
+        later, now = read_deferred(path, content, channels), read_image(path, content, channels)
+        assert isinstance(later, Deferred) and height_width(later) == height_width(now)
+        assert torch.equal(later.planes(), as_planes(now)) and len(later.planes()) == channels
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_later(tmp_path, orientation, reduced):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(textured(), tmp_path / "turned.jpg", exif=exif)
+    later, now = read_deferred(path, reduced=reduced), read_image(path)
+    assert height_width(later) == height_width(now) and torch.equal(later.planes(), as_planes(now))
+    height, width = now.height // 5, now.width // 5
+    small = as_planes(now.resize((width, height), Image.Resampling.BILINEAR)).int()
+    found = later.resize((width, height), Image.Resampling.BILINEAR).planes().int()
+    assert (found - small).abs().float().mean() < (3 if reduced else 0.02)                  # turned wrongly: 30
+
+
+def test_several_channels_are_read_now(tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(noise(12, 20, 5)))
+    assert torch.equal(read_deferred(path, channels=5), read_image(path, channels=5))
+    path.write_bytes(npy(noise(12, 20, 3)))
+    assert read_deferred(path).tobytes() == read_image(path).tobytes()
+
+
+def test_damage_is_told_as_ever_when_it_is_seen(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.jpg is not there; correct the path"):
+        read_deferred(tmp_path / "nowhere.jpg")
+    (tmp_path / "letter.jpg").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"letter.jpg \(8 bytes\) is not in a format that Pillow reads"):
+        read_deferred(tmp_path / "letter.jpg")
+    path = saved(textured(), tmp_path / "cut.jpg")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(OSError) as now:
+        read_image(path)
+    for reduced in (False, True):
+        later = read_deferred(path, reduced=reduced).resize((8, 8), Image.Resampling.BILINEAR)
+        with pytest.raises(OSError) as then:
+            later.planes()
+        assert str(then.value) == str(now.value) and "cannot be read" in str(now.value)
+
+
+def test_damage_is_told_with_the_image_id(tmp_path):
+    whole = saved(textured(), tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "a.json").write_text('{"images": [{"id": 7, "file_name": "cut.jpg", "height": 120, "width": 88}], '
+                                     '"annotations": [], "categories": [{"id": 1, "name": "a"}]}')
+    for transforms in (None, lambda image, target: (image.planes(), target)):
+        data = CocoDetection(tmp_path, tmp_path / "a.json", transforms, fast_images="on")
+        with pytest.raises(OSError, match=r"cut.jpg .*cannot be read.*\(image id 7 of .*a.json\)$"):
+            data[0]
+
+
+OPERATIONS = {
+    "flip": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "crop": lambda image: image.crop((11, 7, 60, 91)),
+    "crop beyond": lambda image: image.crop((-3, 5, 95, 130)),
+    "larger": lambda image: image.resize((133, 160), Image.Resampling.BILINEAR),
+    "smaller": lambda image: image.resize((31, 77), Image.Resampling.BILINEAR),
+    "same size": lambda image: image.resize(image.size, Image.Resampling.BILINEAR),
+}
+
+
+@pytest.mark.parametrize("second", OPERATIONS)
+@pytest.mark.parametrize("first", OPERATIONS)
+def test_what_is_noted_is_what_pillow_does(first, second):
+    picture = textured()
+    given = as_planes(picture)
+    now, later = picture, Deferred(120, 88, lambda times: given)
+    for operation in (OPERATIONS[first], OPERATIONS[second]):
+        now, later = operation(now), operation(later)
+    found, want = later.planes(), as_planes(now)
+    assert later.size == now.size and found.dtype == torch.uint8 and found.shape == want.shape
+    difference = (found.int() - want.int()).abs()
+    resizes = {first, second} & {"larger", "smaller"}
+    assert difference.max() <= 2 * bool(resizes) and (difference > 0).float().mean() < 0.02
+    assert torch.equal(given, as_planes(picture))                                       # not changed in place
+
+
+def test_how_much_smaller_a_file_may_be_read():
+    asked = []
+
+    def read(times):
+        asked.append(times)
+        return torch.zeros(3, 120, 88, dtype=torch.uint8)
+
+    def small(image, height=12, width=11):
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+
+    whole = Deferred(120, 88, read)
+    for image in (whole, small(whole), OPERATIONS["flip"](small(whole)), small(OPERATIONS["flip"](whole)),
+                  OPERATIONS["crop"](small(whole, 60, 44)), small(OPERATIONS["crop"](whole)),
+                  small(OPERATIONS["larger"](whole))):
+        image.planes()
+    assert asked == pytest.approx([1, 8, 8, 8, 2, 1, 88 / 133])
+
+
+def test_what_is_decoded_smaller(tmp_path):
+    """At half of its size where a third of it or less is wanted, and so on; PNGs never."""
+    picture = textured(1600, 1200)
+    for name in ("a.jpg", "a.png"):
+        path = saved(picture, tmp_path / name)
+        for divisor, factor in ((2.9, 1), (3, 2), (6, 4), (11.5, 4), (12, 8), (30, 8)):
+            later = read_deferred(path, reduced=True).resize((int(1200 / divisor), int(1600 / divisor)),
+                                                             Image.Resampling.BILINEAR)
+            expected = (1600, 1200) if name == "a.png" else (1600 // factor, 1200 // factor)
+            assert later._read(later._times).shape[1:] == expected, (name, divisor)
+    assert height_width(read_image(tmp_path / "a.jpg", reduced=8)) == (200, 150)
+
+
+@pytest.mark.parametrize("operation", [
+    lambda image: image.resize((5, 5)), lambda image: image.resize((5, 5), Image.Resampling.BICUBIC),
+    lambda image: image.resize((5, 5), Image.Resampling.BILINEAR, (0, 0, 2, 2)),
+    lambda image: image.transpose(Image.Transpose.ROTATE_90), lambda image: image.convert("L"), np.asarray,
+    lambda image: image.tobytes()])
+def test_what_needs_pixels_is_refused(operation):
+    with pytest.raises(TypeError, match="before ToTensor.*put it behind ToTensor, or leave --fast_images out"):
+        operation(Deferred(20, 30, lambda times: torch.zeros(3, 20, 30, dtype=torch.uint8)))

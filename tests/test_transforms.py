@@ -6,8 +6,10 @@ import pytest
 import torch
 from cases import load_case
 from PIL import Image
+from torchvision.transforms import functional, v2
 
 from datasets.coco import CocoDetection
+from datasets.drawn import Draw, Drawn, drawn_sizes
 from datasets.transforms import (
     CROP_RESIZES,
     CROP_SIZES,
@@ -20,6 +22,7 @@ from datasets.transforms import (
     crop,
     eval_transforms,
     hflip,
+    into_batch,
     make_transforms,
     normalisation,
     pad,
@@ -28,6 +31,7 @@ from datasets.transforms import (
     train_transforms,
 )
 from detr.boxes import masks_to_boxes
+from detr.nested_tensor import nested_tensor_from_tensor_list
 
 PIXELS = 3 / 255            # what another JPEG decoder or resampling may do
 
@@ -321,3 +325,144 @@ def test_images_too_long_for_their_short_side():
     assert resized(1, 5000, 800, 1333) == (1, 1333)
     assert resized(5000, 1, 800, 1333) == (1333, 1)
     assert resized(2, 5000, 800, 1333) == (1, 2500)                  # rounded up: as published, longer
+
+
+# In less time: what may not change, and by how much the rest may.
+
+IN_255 = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+def training_data(real_data, fast_images="off", transforms=None, masks=False):
+    folder = real_data / "coco_mini"
+    return CocoDetection(folder / "train2017", folder / "annotations" / "instances_train2017.json", transforms, masks,
+                         fast_images=fast_images)
+
+
+def test_draws_are_those_of_always(real_data):
+    """Recorded before images were read in other ways: (image, seed), size, objects, first box, sum of all boxes. The
+    published list with its crop, and without the choice of it, whose draws differ from one PyTorch to another."""
+    flip, size_or_crop, *rest = train_transforms().transforms
+    transforms = v2.Compose([flip, *size_or_crop.transforms[1].transforms, *rest])
+    for fast_images in ("off", "on"):
+        data = Drawn(training_data(real_data, fast_images, transforms))
+        for draw, size, count, first, total in (
+                ((0, 1), (649, 640), 26, "0x1.35614a0000000p-4 0x1.e317400000000p-3 0x1.35614a0000000p-3 "
+                 "0x1.e317400000000p-2", "0x1.254cf5af60000p+5"),
+                ((1, 2), (800, 898), 5, "0x1.9b96180000000p-1 0x1.9a929a0000000p-1 0x1.81b6aa0000000p-3 "
+                 "0x1.fa42700000000p-3", "0x1.0b328f5000000p+3"),
+                ((2, 4), (480, 530), 2, "0x1.01b5c60000000p-1 0x1.c11f460000000p-2 0x1.d0ddc00000000p-3 "
+                 "0x1.321e8a0000000p-1", "0x1.9d838ae000000p+1"),
+                ((3, 7), (531, 480), 3, "0x1.e8c0ce0000000p-2 0x1.6ed61a0000000p-1 0x1.2ba80a0000000p-1 "
+                 "0x1.0ea4740000000p-1", "0x1.bb88322000000p+2")):
+            image, target = data[Draw(*draw)]
+            assert tuple(image.shape[1:]) == size and len(target["boxes"]) == count
+            assert target["boxes"][0].tolist() == [float.fromhex(number) for number in first.split()]
+            assert float(target["boxes"].double().sum()) == float.fromhex(total)
+
+
+def in_single_steps(transforms):
+    """The list, to tensors and normalised as the published one does it: by torchvision, one step after the other."""
+    def normalise(image, target):
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        return functional.normalize(functional.to_tensor(image), mean, std), target
+
+    def run(image, target):
+        for step in (*transforms.transforms[:-3], normalise, BoxesToFractions()):
+            image, target = step(image, target)
+        return image, target
+
+    return run
+
+
+@pytest.mark.parametrize("fast_images, most, share", [("off", 1e-4, 0), ("on", 2, 0.01), ("reduced", 2, 0.01)])
+def test_a_training_image_is_the_published_one(real_data, fast_images, most, share):
+    """Targets to the bit; values, in 255, to rounding, or by as little as is promised. Nothing is reduced here: the
+    photographs are no larger than what is made of them."""
+    published = Drawn(training_data(real_data, transforms=in_single_steps(train_transforms()), masks=True))
+    data = Drawn(training_data(real_data, fast_images, train_transforms(), masks=True))
+    changed, cropped = [], 0
+    for i in range(12):
+        (want, wanted_target), (image, target) = published[Draw(i, i)], data[Draw(i, i)]
+        assert same_targets(wanted_target, target) and image.shape == want.shape and image.is_contiguous()
+        difference = ((image - want) * IN_255).abs()
+        assert difference.max() <= most + 1e-4
+        changed.append((difference > 0.5).float().mean())
+        cropped += abs(image.shape[1] / image.shape[2] - target["orig_size"][0] / target["orig_size"][1]) > 0.01
+    assert torch.stack(changed).mean() <= share and 2 < cropped < 11
+    assert fast_images == "off" or torch.stack(changed).max() > 0           # it is another way
+
+
+def test_fast_images_without_transforms_are_numbers_of_8_bits(real_data):
+    plain, fast = training_data(real_data), training_data(real_data, "on")
+    for i in (0, 5):
+        assert fast[i][0].dtype == torch.uint8 and torch.equal(fast[i][0], planes(plain[i][0]))
+        assert same_targets(plain[i][1], fast[i][1])
+    assert isinstance(fast.image(0), Image.Image) and fast.image(0).mode == "RGB"         # for those who draw on it
+
+
+def test_sizes_of_fast_images_are_told(real_data):
+    data = training_data(real_data, "on", make_transforms("train", Preprocessing(80, 133)))
+    draws = [Draw(i, i + 9) for i in range(20)]
+    sizes = [tuple(Drawn(data)[draw][0].shape[1:]) for draw in draws]
+    assert sizes == drawn_sizes(data.transforms, [tuple(data.sizes[draw.image].tolist()) for draw in draws],
+                                [draw.seed for draw in draws])
+
+
+def test_images_that_pillow_made_smaller_may_be_decoded_smaller(real_data):
+    """Where a short side of 100 is wanted; less than 2 of 255 on average, and another picture would be 40 off."""
+    transforms = make_transforms("val", Preprocessing(100, None))
+    whole, reduced = (training_data(real_data, fast, transforms) for fast in ("off", "reduced"))
+    for i in range(8):
+        (want, wanted_target), (image, target) = whole[i], reduced[i]
+        assert same_targets(wanted_target, target) and want.shape == image.shape
+        assert 0.02 < ((want - image) * IN_255).abs().mean() < 2
+
+
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+def test_normalised_in_the_batch_is_normalised(color_jitter):
+    """Bit by bit; in workers, too, where the batch lies in shared memory."""
+    sizes = [(64, 48), (33, 80), (80, 80)]
+    batches = []
+    for in_batch in (False, True):
+        transforms = make_transforms("train", Preprocessing(40, 66), color_jitter=color_jitter, in_batch=in_batch)
+        items = [(picture_of(k, *size), one_box(5, 6, 30, 40, width=size[1], height=size[0]))
+                 for k, size in enumerate(sizes)]
+        data = Drawn(Listed(items, transforms))
+        loaders = [torch.utils.data.DataLoader(data, batch_sampler=[[Draw(k, k + 5) for k in range(3)]],
+                                               num_workers=workers, collate_fn=batch_and_targets) for workers in (0, 1)]
+        batches += [batch for loader in loaders for batch in loader]
+    want = nested_tensor_from_tensor_list([Drawn(Listed(items, make_transforms(
+        "train", Preprocessing(40, 66), color_jitter=color_jitter)))[Draw(k, k + 5)][0] for k in range(3)])
+    for found, targets in batches:
+        assert torch.equal(found.tensors, want.tensors) and torch.equal(found.mask, want.mask)
+        assert found.sizes == want.sizes and found.tensors.dtype == torch.float32 and found.mask.any()
+        assert all(same_targets(a, b) for a, b in zip(targets, batches[0][1], strict=True))
+
+
+class Listed(torch.utils.data.Dataset):
+    def __init__(self, items, transforms):
+        self.items, self.transforms = items, transforms
+
+    def __getitem__(self, i):
+        return self.transforms(*self.items[i])
+
+
+def batch_and_targets(items):
+    images, targets = zip(*items)
+    return into_batch(images), targets
+
+
+def picture_of(seed, height, width):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def test_a_batch_of_both_kinds_and_batches_that_are_none():
+    one, = (Normalize(in_batch=True)(planes(picture(9, 7)), {})[0],)
+    other = torch.rand(3, 5, 11)
+    mixed = into_batch([one, other])
+    assert torch.equal(mixed.tensors, nested_tensor_from_tensor_list([Normalize()(one.planes, {})[0], other]).tensors)
+    with pytest.raises(ValueError, match="at least one image"):
+        into_batch([])
+    grey = Normalize((0.5,), (0.5,), in_batch=True)(planes(picture(9, 7).convert("L")), {})[0]
+    with pytest.raises(ValueError, match="image 1 of the batch has shape .*same C"):
+        into_batch([one, grey])

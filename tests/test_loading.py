@@ -146,6 +146,19 @@ def test_one_or_several_of_any_kind(run, photos, tmp_path):
     assert len(some["names"]) == len(some["boxes"]) == len(want["names"]) - 1 and detector([]) == []
 
 
+def test_a_fast_detector_finds_the_same(run, photos):
+    detector = detr.load(run / "best.pth")
+    fast, bf16 = detector.fast(), detector.fast("bf16")
+    for path in photos:
+        want, found, near = (one.predict(path)[0] for one in (detector, fast, bf16))
+        assert found["names"] == want["names"]
+        torch.testing.assert_close(found["boxes"], want["boxes"], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found["scores"], want["scores"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(near["scores"].sort().values, want["scores"].sort().values, rtol=0.05, atol=0.02)
+        assert near["scores"].dtype == torch.float32
+    assert fast.names == detector.names and type(detector.model.backbone[0].body) is not type(fast.model.backbone[0].body)
+
+
 def test_batches(tmp_path, photos):
     exported(tmp_path, dataclasses.replace(SMALL, padding="exact"))
     detector = detr.load(tmp_path / "best.safetensors")

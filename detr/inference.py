@@ -1,0 +1,136 @@
+"""A trained model -> a copy that predicts the same, faster.
+
+What it does without changing a number beyond rounding: normalisations with fixed statistics go into the convolutions
+before them; convolutions, with their ReLU and the sum of a residual block, run as one operation in the channels-last
+order where PyTorch has one; auxiliary outputs are left out. With ``bf16`` the backbone computes in bfloat16, and the
+transformer's matrices are multiplied in it, while boxes, scores, normalisations and the places that deformable attention
+looks at stay in float32.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .backbone import backbone_of
+from .backbone.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
+from .padding import Size, Where, check_sizes, through, where, zeroed
+from .precision import TYPES
+
+NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)                     # whose statistics are fixed in evaluation
+
+
+# Linear layers whose numbers are worth float32, or that a model asks for their type.
+IN_FLOAT32 = ("sampling_offsets", "attention_weights", "reference_points", "bbox_embed", "class_embed")
+
+
+class Convolution(nn.Module):
+    """A convolution with its normalisation inside and, with ``relu``, what is below zero set to zero; with ``add``, after
+    that tensor was added."""
+
+    def __init__(self, conv: Any, norm: Any, relu: bool) -> None:
+        super().__init__()
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                                            norm.weight, norm.bias)
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.kernel_size, self.relu = conv.kernel_size, relu
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        window = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
+        if x.device.type == "cpu" and fused_on_cpu(x.dtype):
+            if add is not None:
+                return torch.ops.mkldnn._convolution_pointwise(x, add, self.weight, self.bias, *window, "add", 1.0,
+                                                               "relu" if self.relu else None, [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *window,
+                                                           "relu" if self.relu else "none", [], "")
+        out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        out = out if add is None else out.add_(add)
+        return out.relu_() if self.relu else out
+
+
+def fused_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has convolutions that add and cut in the same pass, for this type on this processor."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise") and (
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Block(nn.Module):
+    """A residual block, basic or bottleneck: convolutions, the last of which adds the shortcut."""
+
+    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+        super().__init__()
+        count = 2 if isinstance(block, BasicBlock) else 3
+        self.convs = nn.ModuleList(Convolution(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True)
+                                   for i in range(1, count + 1))
+        shortcut: Any = block.downsample
+        self.shortcut = Convolution(shortcut[0], shortcut[1], relu=False) if len(shortcut) else None
+        self.strided = count - 2                                # the number of the convolution that may have a stride
+
+    def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
+        """``x``, with the images ``before`` the stride and ``after`` it."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        for i, conv in enumerate(self.convs):
+            if conv.kernel_size != (1, 1):
+                x = zeroed(x, before if i <= self.strided else after)
+            x = conv(x, shortcut if i == len(self.convs) - 1 else None)
+        return x
+
+
+class FoldedResNet(nn.Module):
+    """``ResNet`` with its normalisations inside its convolutions, for evaluation alone; same maps, same contract."""
+    exact, inexact, only = True, "", None
+
+    def __init__(self, body: ResNet) -> None:
+        super().__init__()
+        self.channels, self.strides, self.stages = body.channels, body.strides, body.stages
+        self.extents = body.extents
+        self.conv1, self.maxpool = Convolution(body.conv1, body.bn1, relu=True), body.maxpool
+        self.layers = nn.ModuleList(nn.ModuleList(Block(block) for block in getattr(body, f"layer{i + 1}"))
+                                    for i in range(len(body.stages)))
+
+    def forward(self, images: Tensor, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """See ``ResNet.forward``; maps are of the type of the weights."""
+        x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        at = where(x, None if sizes is None else check_sizes(x, sizes))
+        x, at = self.conv1(zeroed(x, at)), through(self.conv1, at)                               # type: ignore[arg-type]
+        x, at = self.maxpool(zeroed(x, at)), through(self.maxpool, at)
+        maps = []
+        blocks: Any
+        for blocks in self.layers:
+            after = through(blocks[0].convs[blocks[0].strided], at)
+            before = at
+            for block in blocks:
+                x, before = block(x, before, after), after
+            at = after
+            maps.append(x)
+        return maps
+
+
+def for_prediction(model: nn.Module, precision: str = "off") -> nn.Module:
+    """A copy of a detector that predicts the same, to rounding, in less time: in evaluation mode, without gradients and
+    auxiliary outputs. ``precision``: "off" computes in float32 as before; "bf16" and "fp16" are to be run within
+    ``precision.autocast`` of the same name, as ``Detector`` does. ResNets are folded; other backbones stay as they are.
+
+    State dicts of the copy have other names: keep the model for saving. Raises ValueError for an unknown precision.
+    """
+    if precision not in TYPES:
+        raise ValueError(f"precision {precision!r} is not known; use one of {', '.join(TYPES)}")
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    detr: Any = getattr(fast, "detr", fast)
+    detr.aux_loss = False
+    backbone = backbone_of(fast)
+    if isinstance(backbone.body, ResNet) and isinstance(backbone.body.bn1, NORMS):
+        backbone.body = FoldedResNet(backbone.body)
+        backbone.body.to(TYPES[precision])
+    if precision != "off":
+        for name, module in detr.transformer.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(IN_FLOAT32):
+                module.to(TYPES[precision])                     # what autocast would do anew each time
+    return fast

@@ -1,0 +1,82 @@
+"""Models prepared for prediction: the same outputs, and the model they were made from stays what it was."""
+import pytest
+import torch
+from small_models import build_small, images
+from torch import nn
+
+from detr import inference
+from detr.backbone import backbone_of
+from detr.backbone.resnet import FrozenBatchNorm2d
+from detr.inference import FoldedResNet, for_prediction
+from detr.precision import autocast
+
+CPU = torch.device("cpu")
+SIZES = (64, 100), (90, 50)
+RESNETS = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet50_panoptic", "deformable_detr_resnet50",
+           "deformable_detr_resnet50_two_stage", "tiny_detr", "tiny_deformable_detr"]
+
+
+def trained(name: str, **flags) -> nn.Module:
+    """A small model whose normalisations are not what they are at first, when they change nothing."""
+    model = build_small(name, **flags)[0].eval()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name, padding, fused", [
+    *((name, "exact", True) for name in RESNETS), ("detr_resnet50", "legacy", True), ("tiny_detr", "legacy", True),
+    ("detr_resnet50", "exact", False), ("tiny_deformable_detr", "legacy", False)])
+@torch.no_grad()
+def test_outputs_are_the_models(name, padding, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(inference, "fused_on_cpu", lambda dtype: False)
+    model = trained(name, padding=padding)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected, aux_loss = model(images(*SIZES)), getattr(model, "detr", model).aux_loss
+    fast = for_prediction(model)
+    actual = fast(images(*SIZES))
+    assert isinstance(backbone_of(fast).body, FoldedResNet)
+    assert not any(isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)) for module in fast.modules())
+    assert "aux_outputs" not in actual and not any(p.requires_grad for p in fast.parameters())
+    for what in ("pred_logits", "pred_boxes", "pred_masks"):
+        assert (what in actual) == (what in expected)
+        if what in actual:
+            torch.testing.assert_close(actual[what], expected[what], rtol=1e-4, atol=2e-4)
+    assert getattr(model, "detr", model).aux_loss is aux_loss                   # and the model itself is as it was
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["detr_resnet50", "deformable_detr_resnet50"])
+@torch.no_grad()
+def test_bfloat16_is_near(name):
+    model = trained(name)
+    fast = for_prediction(model, "bf16")
+    assert backbone_of(fast).body.conv1.weight.dtype == torch.bfloat16
+    with autocast(CPU, "bf16"):
+        actual = fast(images(*SIZES))
+    expected = model(images(*SIZES))
+    assert actual["pred_boxes"].dtype == torch.float32
+    assert (actual["pred_boxes"] - expected["pred_boxes"]).abs().max() < 0.01
+    assert 0 < (actual["pred_logits"].float() - expected["pred_logits"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("flags", [{"backbone_norm": "group", "from_scratch": True, "lr_backbone": 1e-3},
+                                   {"backbone": "pvt_v2_b0"}])
+@torch.no_grad()
+def test_what_cannot_be_folded_stays(flags):
+    model = trained("detr_resnet50", **flags)
+    fast = for_prediction(model)
+    assert type(backbone_of(fast).body) is type(backbone_of(model).body)
+    torch.testing.assert_close(fast(images(*SIZES))["pred_boxes"], model(images(*SIZES))["pred_boxes"])
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ValueError, match="precision 'int8' is not known; use one of off, bf16, fp16"):
+        for_prediction(build_small("tiny_detr")[0], "int8")

@@ -124,6 +124,8 @@ def to_device(samples: NestedTensor, targets: Sequence[Target], device: torch.de
 def readings(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
     """Losses as numbers under the names of the published logs: ``loss``, their weighted sum; weighted under their own
     names; as they are with ``_unscaled`` after the name, and those without a weight under their own name too."""
+    if not losses:                                                      # an exported model that gives detections alone
+        return {}
     plain = dict(zip(losses, torch.stack([value.detach().float() for value in losses.values()]).tolist()))
     weighted = {name: value * weights[name] for name, value in plain.items() if name in weights}
     return {"loss": sum(weighted.values()), **plain, **weighted,

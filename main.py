@@ -24,7 +24,7 @@ from datasets.report import write_report
 from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import Preprocessing, describe, eval_transforms, make_transforms
-from detr import checkpoint, config, distributed, visualize
+from detr import checkpoint, config, distributed, engines, visualize
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
 from detr.architectures.proposal_detr import ProposalDETRConfig
@@ -189,6 +189,9 @@ def build(settings: Settings, validation: Any, training: Any, preprocessing: Pre
         say("class weights: " + ", ".join(f"{category.name} {weights[category.label]:.2f}"
                                           for category in training.categories if objects[category.label]))
     resumed, run, backbone = settings.resumed, settings.run, settings.model.backbone
+    if run.engine != "pytorch":
+        say(f"model and weights: {run.resume}, run by {run.engine}")
+        return engines.in_place_of(model, criterion, postprocessors, run.resume, device)
     if resumed is not None:
         try:
             checkpoint.load_model(model, resumed["model"], run.resume)
@@ -522,9 +525,17 @@ def with_transforms(settings: Settings, preprocessing: Preprocessing, training: 
         "train", preprocessing, scales=None if data.multi_scale else (preprocessing.size,), least_scale=data.least_scale,
         flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter if changed else 0.0,
         scale_jitter=data.scale_jitter if changed else None,
-        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"))
+        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"), in_batch=True)
     training, mosaic = copy.copy(training), data.mosaic if changed else 0.0
     training.transforms = None if mosaic else transforms
+    if data.fast_images != "off":
+        if mosaic or not isinstance(training, CocoDetection):
+            raise ValueError(f"--fast_images {data.fast_images}: not with " + (
+                "--mosaic, which joins images of several sizes" if mosaic else "panoptic data or data sets from Python") +
+                "; leave it out")
+        training.fast_images = data.fast_images
+        say(f"training images: resized by PyTorch instead of Pillow (--fast_images {data.fast_images}); pixels differ by "
+            f"1 or 2 of 255 at few places" + ", and large JPEGs are decoded smaller" * (data.fast_images == "reduced"))
     return Mosaic(training, transforms, mosaic) if mosaic else training, validation
 
 

@@ -156,6 +156,9 @@ class DataConfig:
     bucket_eval: bool = flag(True, "the same in evaluation; without it, batches are in the order of the files")
     cache_mode: bool = flag(False, "keep all image files in memory, each process its own copy; they are still decoded "
                             "each time")
+    fast_images: str = flag("off", "training images: 'on' resizes them by PyTorch, values differ by 1 or 2 of 255 at few "
+                            "places; 'reduced' also decodes large JPEGs at a part of their size",
+                            ("off", "on", "reduced"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,8 @@ class RunConfig:
                                           "computed: less memory, more time")
     auto_batch_size: bool = flag(False, "choose --batch_size by trying the worst batch of this data")
     fsdp: bool = flag(False, "share the model's weights out over the processes (FSDP2), for models too large for one GPU")
+    engine: str = flag("pytorch", "what computes an evaluation: 'pytorch', or 'onnxruntime' for a file that "
+                       "scripts/export.py made", ("pytorch", "onnxruntime"))
     coco_eval: str = flag("fast", "who computes COCO's numbers: 'fast' is hotcoco, whose numbers are pycocotools' to the "
                           "last bit", ("fast", "pycocotools"))
 

@@ -102,7 +102,8 @@ def deformable_sampling(value: Tensor, shapes: Shapes, locations: Tensor, weight
     if sum(h * w for h, w in shapes) != value.shape[1]:
         raise ValueError(f"value has {value.shape[1]} tokens, and levels of {list(shapes)} have "
                          f"{sum(h * w for h, w in shapes)}")
-    if (locations.shape[:1] + locations.shape[2:4] + locations.shape[5:] != (len(value), value.shape[2], len(shapes), 2)
+    expected = (value.shape[0], value.shape[2], len(shapes), 2)
+    if (locations.shape[:1] + locations.shape[2:4] + locations.shape[5:] != expected
             or weights.shape != locations.shape[:-1]):
         raise ValueError(f"value {list(value.shape)}, locations {list(locations.shape)} and weights "
                          f"{list(weights.shape)} of {len(shapes)} levels: they should be [B, S, M, D / M], "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,13 @@ class NestedTensor:
 
     ``tensors`` is ``[B, C, H, W]``; ``mask`` is bool ``[B, H, W]``, True on padding. ``sizes`` says the same in numbers,
     for code that must not wait for a GPU: (height, width) of what is not padding in each image, from the top left
-    corner; None where nobody knows.
+    corner; None where nobody knows. In a model that is exported, where they are inputs, they are a tensor ``[B, 2]``.
     """
 
-    def __init__(self, tensors: Tensor, mask: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(self, tensors: Tensor, mask: Tensor, sizes: Sequence[tuple[int, int]] | Tensor | None = None) -> None:
         self.tensors = tensors
         self.mask = mask
-        self.sizes = None if sizes is None else list(sizes)
+        self.sizes: Any = sizes if sizes is None or isinstance(sizes, Tensor) else list(sizes)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         return NestedTensor(self.tensors.to(device, non_blocking=non_blocking),

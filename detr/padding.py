@@ -6,20 +6,30 @@ extent is zero before the layer reads it, and when the extent of its output foll
 positions inside then see the same numbers in both cases. A layer makes the zeros its neighbours left into something else
 (its bias, at least), so they are set anew before each layer that looks past the border.
 
-An extent is ``(height, width)`` of one image in the tensor at hand; ``sizes`` has one for each image of the batch.
+An extent is ``(height, width)`` of one image in the tensor at hand; ``sizes`` has one for each image of the batch. In a
+model that is exported they are inputs, an int64 tensor ``[B, 2]``: the formulas are the same, and no question about them
+has an answer, so that nothing is left out where nothing is padded.
 Only position-wise layers (1x1 convolutions, linear layers, layer norm, batch norm with fixed statistics, activations)
 need none of this.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size = tuple[int, int]
+Sizes = Sequence[Size] | Tensor         # pairs; or [B, 2], see above
+
+
+def at_least(least: int, number: Any) -> Any:
+    """The greater of both, where ``number`` may be a tensor, too, or unknown while a model is exported."""
+    if isinstance(number, int):
+        return max(number, least)
+    return number.clamp(min=least) if isinstance(number, Tensor) else torch.sym_max(number, least)
 
 
 def pair(value: int | Sequence[int]) -> Size:
@@ -46,11 +56,19 @@ class Window(NamedTuple):
         return cls(pair(layer.kernel_size), pair(layer.stride), pair(layer.padding), pair(layer.dilation),
                    getattr(layer, "ceil_mode", False))                                      # a convolution has none
 
-    def sizes(self, sizes: Sequence[Size]) -> list[Size]:
+    @overload
+    def sizes(self, sizes: Tensor) -> Tensor: ...
+
+    @overload
+    def sizes(self, sizes: Sequence[Size]) -> list[Size]: ...
+
+    def sizes(self, sizes: Sizes) -> Tensor | list[Size]:
         """The extents of the outputs, for those of the inputs."""
+        if isinstance(sizes, Tensor):
+            return torch.stack([self.length(sizes[:, axis], axis) for axis in (0, 1)], dim=1)
         return [(self.length(h, 0), self.length(w, 1)) for h, w in sizes]
 
-    def length(self, n: int, axis: int) -> int:
+    def length(self, n: Any, axis: int) -> Any:
         """Outputs for ``n`` positions along the rows (``axis`` 0) or columns (1), by PyTorch's formula:
         floor((n + 2p - d(k - 1) - 1) / s) + 1, or with ceil.
 
@@ -61,12 +79,15 @@ class Window(NamedTuple):
         kernel, stride, pad, dilation = (side[axis] for side in self[:4])
         room = n + 2 * pad - dilation * (kernel - 1) - 1
         out = (-(-room // stride) if self.ceil else room // stride) + 1
-        out -= self.ceil and (out - 1) * stride >= n + pad      # the last window has to begin inside
-        return max(out, 1)
+        if self.ceil:
+            out = out - ((out - 1) * stride >= n + pad) * 1     # the last window has to begin inside
+        return at_least(1, out)
 
 
-def check_sizes(x: Tensor, sizes: Sequence[Size]) -> list[Size]:
+def check_sizes(x: Tensor, sizes: Sizes) -> Any:
     """``sizes`` as a list of pairs; ValueError unless there is one for each image of ``x [B, C, H, W]``, inside it."""
+    if isinstance(sizes, Tensor):
+        return sizes
     if len(sizes) != len(x):
         raise ValueError(f"{len(sizes)} sizes for a batch of {len(x)} images {list(x.shape)}; give one (height, width) "
                          f"for each image")
@@ -77,14 +98,14 @@ def check_sizes(x: Tensor, sizes: Sequence[Size]) -> list[Size]:
     return [(int(h), int(w)) for h, w in sizes]
 
 
-def unpadded(sizes: Sequence[Size], height: int, width: int) -> bool:
-    """Whether every image fills a tensor of ``height`` and ``width``, so that there is nothing to do."""
-    return all(size == (height, width) for size in sizes)
+def unpadded(sizes: Sizes, height: int, width: int) -> bool:
+    """Whether every image is known to fill a tensor of ``height`` and ``width``, so that there is nothing to do."""
+    return not isinstance(sizes, Tensor) and all(size == (height, width) for size in sizes)
 
 
-def valid_mask(sizes: Sequence[Size], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def valid_mask(sizes: Sizes, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """bool ``[B, height, width]``, True inside each image's extent: the opposite of a padding mask."""
-    hw = torch.tensor(sizes, device=device)
+    hw = torch.as_tensor(sizes, device=device)
     rows = torch.arange(height, device=device) < hw[:, :1]
     columns = torch.arange(width, device=device) < hw[:, 1:]
     return rows[:, :, None] & columns[:, None]
@@ -92,18 +113,18 @@ def valid_mask(sizes: Sequence[Size], height: int, width: int, device: torch.dev
 
 class Where(NamedTuple):
     """Where the images are in maps of one resolution, worked out once for all layers there."""
-    sizes: list[Size]
+    sizes: Any                          # list[Size]; or [B, 2], see above
     shape: Size                         # height and width of the maps
     device: torch.device
     outside: Tensor | None              # bool [B, 1, H, W], True outside the extents; None where nothing is outside
 
     @classmethod
-    def of(cls, sizes: Sequence[Size], shape: Size, device: torch.device) -> Where:
-        nothing = unpadded(sizes, *shape)
-        return cls(list(sizes), shape, device, None if nothing else ~valid_mask(sizes, *shape, device)[:, None])
+    def of(cls, sizes: Sizes, shape: Size, device: torch.device) -> Where:
+        outside = None if unpadded(sizes, *shape) else ~valid_mask(sizes, *shape, device)[:, None]
+        return cls(sizes if isinstance(sizes, Tensor) else list(sizes), shape, device, outside)
 
 
-def where(x: Tensor, sizes: Sequence[Size] | None) -> Where | None:
+def where(x: Tensor, sizes: Sizes | None) -> Where | None:
     """Where the images are in ``x [B, C, H, W]``; None where padding is to be taken for a part of them (no ``sizes``)."""
     return None if sizes is None else Where.of(sizes, (x.shape[-2], x.shape[-1]), x.device)
 
@@ -114,7 +135,8 @@ def through(layer: nn.Conv2d | nn.MaxPool2d, at: Where | None) -> Where | None:
         return None
     window = Window.of(layer)
     sizes, shape = window.sizes(at.sizes), window.sizes([at.shape])[0]
-    return at if (sizes, shape) == (at.sizes, at.shape) else Where.of(sizes, shape, at.device)
+    same = not isinstance(sizes, Tensor) and (sizes, shape) == (at.sizes, at.shape)
+    return at if same else Where.of(sizes, shape, at.device)
 
 
 def zeroed(x: Tensor, at: Where | None) -> Tensor:
@@ -123,7 +145,7 @@ def zeroed(x: Tensor, at: Where | None) -> Tensor:
     return x if at is None or at.outside is None else x.masked_fill(at.outside, 0.0)
 
 
-def exact_conv(conv: nn.Conv2d, x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Size]]:
+def exact_conv(conv: nn.Conv2d, x: Tensor, sizes: Sizes) -> tuple[Tensor, Any]:
     """``conv`` of ``x [B, C, H, W]`` and the extents of its output, which is arbitrary outside of them.
 
     The input is set to zero outside the extents only where the convolution is padded: without padding, no output
@@ -194,9 +216,16 @@ def adaptive_average(lengths: Sequence[int], length: int, bins: int, like: Tenso
     return (inside.double() / (end - start)[..., None]).to(like.device, like.dtype)
 
 
-def exact_upsample(x: Tensor, sizes: Sequence[Size], finer: Sequence[Size], size: Size) -> Tensor:
+def exact_upsample(x: Tensor, sizes: Any, finer: Any, size: Size) -> Tensor:
     """Each image of ``x [B, C, H, W]``, of extent ``sizes[i]``, by nearest neighbour to ``finer[i]``: ``[B, C, *size]``,
     zero outside. PyTorch's own would follow the ratio of the padded sizes, which is another for each batch."""
+    if isinstance(sizes, Tensor):
+        for axis in (0, 1):
+            n, to = sizes[:, axis, None], torch.as_tensor(finer)[:, axis, None]
+            nearest = (torch.arange(size[axis], device=x.device) * (n / to)).long()             # [B, H] or [B, W]
+            nearest = torch.minimum(nearest, n - 1)[:, None, :, None].transpose(2, 2 + axis)
+            x = x.gather(2 + axis, nearest.expand(*x.shape[:2 + axis], -1, *x.shape[3 + axis:]))
+        return zeroed(x, Where.of(finer, size, x.device))
     resized, start = [], 0
     while start < len(sizes):                               # neighbours of one size (masks of an image) go together
         end = start

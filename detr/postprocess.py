@@ -23,7 +23,7 @@ def check_sizes(name: str, sizes: Tensor, images: int) -> Tensor:
 def absolute_boxes(outputs: Outputs, target_sizes: Tensor) -> Tensor:
     """``pred_boxes`` -> xyxy in pixels of images of ``target_sizes [B, 2]`` (height, width): ``[B, Q, 4]``."""
     boxes = outputs["pred_boxes"].float()
-    height, width = check_sizes("target_sizes", target_sizes, len(boxes)).to(boxes).unbind(1)
+    height, width = check_sizes("target_sizes", target_sizes, boxes.shape[0]).to(boxes).unbind(1)
     return box_cxcywh_to_xyxy(boxes) * torch.stack([width, height, width, height], dim=1)[:, None]
 
 
@@ -36,9 +36,12 @@ class PostProcess(nn.Module):
         """``target_sizes`` ``[B, 2]``: height and width of each image that boxes shall refer to (the original's for
         evaluation). Returns for each image ``scores [Q]``, ``labels [Q]``, ``boxes [Q, 4]`` in xyxy pixels, not
         clipped."""
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(*self.of_batch(outputs, target_sizes)[:3])]
+
+    def of_batch(self, outputs: Outputs, target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Scores and labels ``[B, Q]``, boxes ``[B, Q, 4]`` of all images; and None: each query has one."""
         scores, labels = outputs["pred_logits"].float().softmax(-1)[..., :-1].max(-1)
-        boxes = absolute_boxes(outputs, target_sizes)
-        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+        return scores, labels, absolute_boxes(outputs, target_sizes), None
 
 
 class PostProcessTopK(nn.Module):
@@ -52,12 +55,16 @@ class PostProcessTopK(nn.Module):
     def forward(self, outputs: Outputs, target_sizes: Tensor) -> list[Detections]:
         """As ``PostProcess``, with ``k`` detections an image, or as many as there are pairs; ``queries`` says which
         query each is of, for its mask."""
+        return [{"scores": s, "labels": c, "boxes": b, "queries": q}
+                for s, c, b, q in zip(*self.of_batch(outputs, target_sizes))]
+
+    def of_batch(self, outputs: Outputs, target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores and labels ``[B, n]``, boxes ``[B, n, 4]`` of all images, and the query each is of ``[B, n]``."""
         logits, boxes = outputs["pred_logits"].float(), absolute_boxes(outputs, target_sizes)
         prob = logits.sigmoid().flatten(1)
         scores, pair = prob.topk(min(self.k, prob.shape[1]))
         query, labels = pair // logits.shape[-1], pair % logits.shape[-1]
-        return [{"scores": s, "labels": c, "boxes": b[q], "queries": q}
-                for s, c, q, b in zip(scores, labels, query, boxes)]
+        return scores, labels, boxes.gather(1, query[..., None].expand(-1, -1, 4)), query
 
 
 @functools.lru_cache

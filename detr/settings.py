@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, config
+from . import checkpoint, config, engines
 from .architectures.deformable_detr import DeformableDETRConfig
 from .backbone import fitting_norm, has_statistics, scratch_norm
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -46,7 +46,7 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     default, the preset, the checkpoint's configuration, what was typed. ``given``: the data comes from Python, and from
     no place that a flag names. Says what it chose. Raises ValueError for what the chosen model does not have."""
     resume = typed.get("resume", "")
-    resumed = checkpoint.load(resume) if resume else None
+    resumed = contents(resume, typed) if resume else None
     frozen = checkpoint.load(typed["frozen_weights"]) if typed.get("frozen_weights") and resumed is None else None
     refuse_two_beginnings(typed)
     refuse_two_places(typed, given)
@@ -101,6 +101,17 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
                         categories=class_table(known) if begun is None else None, changed=of_model, **parts)
     refuse_what_is_not_there(settings, typed, given)
     return settings
+
+
+def contents(resume: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """What the file of ``--resume`` holds: a checkpoint, or an exported model, which has all but weights that can be
+    loaded."""
+    if typed.get("engine", "pytorch") != "pytorch":
+        return engines.read(resume)
+    if engines.is_exported(resume):
+        raise ValueError(f"{resume} is an exported model, which PyTorch does not run: --eval --engine onnxruntime "
+                         f"evaluates it; to train or to predict, give the checkpoint that it was made of")
+    return checkpoint.load(resume)
 
 
 def once(model: ModelConfig) -> dict[str, Any]:
@@ -219,6 +230,13 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
     for flag, useless, why in without_effect(settings):
         if flag in typed and useless:
             raise ValueError(f"--{flag} has no effect {why}; leave it out")
+    if run.engine != "pytorch":
+        if not (run.eval and run.resume):
+            raise ValueError(f"--engine {run.engine} evaluates an exported model: add --eval --resume model.onnx")
+        fixed = [change for change in settings.changed if not change.startswith("--aux_loss ")]
+        if fixed or run.compile:
+            raise ValueError(f"--engine {run.engine}: the model is as it was exported, so that "
+                             f"{(fixed or ['--compile'])[0].split()[0]} would have no effect; leave it out")
     if run.auto_batch_size and "batch_size" in typed:
         raise ValueError("--auto_batch_size chooses --batch_size: leave one of them out")
     if run.fsdp and run.compile:

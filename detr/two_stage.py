@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .padding import at_least
 from .position_encoding import sine_encoding
 from .reference_points import token_centres, token_values
 from .structures import FeatureLevels
@@ -40,7 +41,7 @@ def proposing_tokens(memory: Tensor, levels: FeatureLevels, num_queries: int) ->
     """The encoder's ``memory [B, S, D]`` of ``levels``, at least ``num_queries`` tokens: images that are too small for so
     many are padded with tokens that propose nothing."""
     boxes, invalid = anchors(levels)
-    short = max(0, num_queries - memory.shape[1])
+    short = at_least(0, num_queries - memory.shape[1])
     return Tokens(F.pad(memory.masked_fill(invalid[..., None], 0.0), (0, 0, 0, short)),
                   F.pad(boxes, (0, 0, 0, short), value=math.inf),
                   F.pad(invalid, (0, short), value=True), F.pad(levels.mask, (0, short), value=True))

@@ -9,16 +9,16 @@ LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
      "preprocessing", "sources", "writers", "tiles", "coco_classes", "precision", "diagnosis", "collapse", "run_folder",
      "sharding", "exact_mode",
-     "deformable_cpu", "deformable_triton"},
+     "deformable_cpu", "deformable_triton", "engines"},
     {"optimization", "memory", "finetune", "mlp", "residual", "attention", "deformable_attention",
      "position_encoding", "reference_points"},
     {"backbone", "feature_levels", "encoder", "decoder", "object_queries", "two_stage", "denoising", "prediction_heads",
      "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
     {"architectures"},
-    {"presets", "attention_maps", "visualize", "tensor_view"},
+    {"presets", "attention_maps", "visualize", "tensor_view", "inference"},
     {"settings", "logs", "attention_pictures", "compare_runs"},
     {"loading", "trial"},
-    {"__init__"},                                                               # see everything below
+    {"__init__", "export"},                                                               # see everything below
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 PROGRAM = {"datasets", "engine", "training", "main"}

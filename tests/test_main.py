@@ -61,6 +61,7 @@ NEW = [
     ("eval_every", int, 1),
     ("image_size", str, "800"), ("max_size", int, 1333), ("multi_scale", bool, True), ("random_crop", bool, True),
     ("least_scale", float, 0.6), ("bucket_train", bool, False), ("bucket_eval", bool, True), ("cache_mode", bool, False),
+    ("fast_images", str, "off"),
     ("cls_loss_coef", float, 2), ("focal_alpha", float, 0.25),
     ("with_box_refine", bool, False), ("two_stage", bool, False), ("query_content", str, "position"),
     ("box_prior", bool, False),
@@ -78,7 +79,7 @@ NEW = [
     ("non_finite", str, "stop"), ("skip_at_most", int, 10), ("save_every_minutes", float, 15.0),
     ("log_steps", bool, False), ("deterministic", bool, False), ("compile", bool, False),
     ("activation_checkpointing", bool, False), ("auto_batch_size", bool, False), ("fsdp", bool, False),
-    ("coco_eval", str, "fast"),
+    ("coco_eval", str, "fast"), ("engine", str, "pytorch"),
 ]
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
          "--num_queries 10 --image_size 64 --max_size 224 --batch_size 4 --num_workers 0 --device cpu --amp off "

@@ -301,13 +301,13 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             queries, outputs["enc_outputs"], outputs["invalid_queries"] = self.transformer.propose(
                 memory, levels, self.class_embed[-1], self.bbox_embed[-1], self.num_queries)
-            if memory.shape[1] < self.num_queries:
+            if not torch.compiler.is_compiling() and memory.shape[1] < self.num_queries:
                 height, width = images.tensors.shape[-2:]
                 warnings.warn(f"images of {height}x{width} have {memory.shape[1]} tokens for {self.num_queries} queries; "
                               f"the others start from nothing and are told by outputs['invalid_queries']. Feed larger "
                               f"images or lower --num_queries", stacklevel=2)
         else:
-            queries = self.transformer.learned_queries(self.query_embed.weight, len(memory))
+            queries = self.transformer.learned_queries(self.query_embed.weight, memory.shape[0])
         layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed)
         outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
         if self.aux_loss:

@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         -> what each decoder layer says of the queries ``[K, B, Q, D]``, and the encoder's memory ``[B, D, H, W]``."""
         tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
         memory = self.encoder(tokens, padding, position)
-        hs = self.decoder(query_embed.expand(len(src), -1, -1), memory, memory + position, padding)
+        hs = self.decoder(query_embed.expand(src.shape[0], -1, -1), memory, memory + position, padding)
         return hs, memory.mT.reshape(src.shape)
 
 

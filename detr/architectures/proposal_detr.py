@@ -28,7 +28,7 @@ from ..losses import FocalLabelLoss, box_loss
 from ..matcher import HungarianMatcher, focal_class_cost
 from ..mlp import MLP
 from ..nested_tensor import NestedTensor, as_nested_tensor
-from ..padding import exact_upsample
+from ..padding import at_least, exact_upsample
 from ..position_encoding import build_position_encoding, encode_boxes
 from ..postprocess import PostProcessTopK
 from ..set_criterion import SetCriterion, every_row
@@ -127,7 +127,7 @@ class Proposals(nn.Module):
         joined = self.above(memory, fine) + self.lateral(fine.tensors)
         content = self.content(self.norm(joined.flatten(2).mT))                                 # [B, S, D]
         padding, anchors = fine.mask.flatten(1), self.anchors(fine.mask)
-        short = max(0, self.num_queries - content.shape[1])
+        short = at_least(0, self.num_queries - content.shape[1])
         padding = F.pad(padding, (0, short), value=True)
         content = F.pad(content, (0, 0, 0, short)).masked_fill(padding[..., None], 0.0)
         anchors = F.pad(anchors, (0, 0, 0, short)).masked_fill(padding[..., None], 0.5)

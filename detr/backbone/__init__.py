@@ -15,13 +15,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint, distributed
 from ..config import ModelConfig, shown
 from ..nested_tensor import NestedTensor, resize_mask
-from ..padding import valid_mask
+from ..padding import at_least, valid_mask
 from . import pvt, resnet, timm_model
 
 TIMM = "timm/"
@@ -73,12 +74,17 @@ class Backbone(nn.Module):
         """The maps at the images' true extents, and zero outside of them."""
         sizes = images.extents()
         height, width = images.tensors.shape[-2:]
-        enough = F.pad(images.tensors, (0, max(LEAST - width, 0), 0, max(LEAST - height, 0)))
-        maps = self.body(enough, [(max(h, LEAST), max(w, LEAST)) for h, w in sizes])
-        extents = {size: self.body.extents(size) for size in set(sizes)}
+        if isinstance(sizes, Tensor):                           # in an export, whose batches have at least 32 x 32 pixels
+            maps = self.body(images.tensors, at_least(LEAST, sizes))
+            of_levels = [torch.stack(extent, dim=1) for extent in self.body.extents(tuple(sizes.unbind(1)))]
+        else:
+            enough = F.pad(images.tensors, (0, max(LEAST - width, 0), 0, max(LEAST - height, 0)))
+            maps = self.body(enough, [(max(h, LEAST), max(w, LEAST)) for h, w in sizes])
+            extents = {size: self.body.extents(size) for size in set(sizes)}
+            of_levels = [list(of_level) for of_level in zip(*(extents[size] for size in sizes))]
         features = {}
         for n, i in enumerate(self.levels):
-            of_level = [extents[size][i] for size in sizes]
+            of_level = of_levels[i]
             mask = ~valid_mask(of_level, maps[i].shape[-2], maps[i].shape[-1], maps[i].device)
             features[str(n)] = NestedTensor(maps[i].masked_fill(mask[:, None], 0.0), mask, of_level)
         return features

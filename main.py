@@ -525,11 +525,11 @@ def with_transforms(settings: Settings, preprocessing: Preprocessing, training: 
         "train", preprocessing, scales=None if data.multi_scale else (preprocessing.size,), least_scale=data.least_scale,
         flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter if changed else 0.0,
         scale_jitter=data.scale_jitter if changed else None,
-        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"), in_batch=True)
+        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"))
     training, mosaic = copy.copy(training), data.mosaic if changed else 0.0
     training.transforms = None if mosaic else transforms
     if data.fast_images != "off":
-        if mosaic or not isinstance(training, CocoDetection):
+        if mosaic or type(training) is not CocoDetection:
             raise ValueError(f"--fast_images {data.fast_images}: not with " + (
                 "--mosaic, which joins images of several sizes" if mosaic else "panoptic data or data sets from Python") +
                 "; leave it out")

@@ -179,6 +179,7 @@ class CocoPanoptic(CocoDetection):
         # Not the parent's, which reads instances: the fields that its methods need are set here.
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms, self.return_masks, self.channels = transforms, return_masks, channels
+        self.fast_images = "off"                                        # as published alone
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image folder {self.image_folder} is not there. {LAYOUT}")
         self.annotations = PanopticAnnotations(panoptic_folder, annotation_file, categories, cache_mode)

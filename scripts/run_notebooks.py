@@ -72,10 +72,13 @@ def tidy(notebook: Any) -> Any:
 
 def in_few_colours(png: str) -> str:
     """A picture in base64, in the 256 colours that suit it best: a third of the bytes, and the eye sees no difference in
-    drawings such as these."""
+    drawings such as these. One that has so few is left as it is."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.mode == "P":
+        return png
     out = io.BytesIO()
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG",
+                                                                                                 optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 

@@ -42,7 +42,7 @@ def slurm(tmp_path) -> dict[str, str]:
 
 
 def without_slurm() -> dict[str, str]:
-    ours = ("PROCESSES", "PORT", "RESTARTS", "GRACE", "DRY_RUN")
+    ours = ("PYTHON", "PROCESSES", "PORT", "RESTARTS", "GRACE", "DRY_RUN")
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in ours}
 
 

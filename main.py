@@ -37,13 +37,14 @@ from detr.backbone import (
     pretrained,
     scratch_norm,
 )
+from detr.backbone.resnet import fold_norms
 from detr.config import DataConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.finetune import adapt, counts, detector, freeze, layout, query_usage, table
 from detr.loading import preprocessing_of
 from detr.losses import balanced_weights
-from detr.memory import checkpoint_activations, compile_model
+from detr.memory import checkpoint_activations, compile_model, keep_freed_memory
 from detr.optimization import Sharing, share_out
 from detr.precision import be_deterministic
 from detr.presets import ARCHITECTURES, PRESETS
@@ -331,6 +332,10 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     held = [] if settings.run.eval else freeze_parts(model, train.freeze)
     model, criterion = model.to(device), criterion.to(device)
     criterion.normalizer = train.loss_normalizer
+    if settings.run.fold_norms:
+        say(f"folded into convolutions: {fold_norms(model)} normalisations")
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.run.activation_checkpointing:
         say(f"computed again in the backward pass: {few(checkpoint_activations(model), 4)}")
     if settings.run.compile:

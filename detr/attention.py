@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import dropout
+
 
 class MultiheadAttention(nn.Module):
     """Attention with the parameter names and the initialisation of ``torch.nn.MultiheadAttention``.
@@ -43,27 +45,31 @@ class MultiheadAttention(nn.Module):
         if attn_mask is not None:
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
         added = None if prior is None else prior[:, None]
-        out = self.out_proj(self._attend(q, k, v, _one_mask(allowed, added)).transpose(1, 2).flatten(2))
-        return out, self._weights(q, k, allowed, added) if need_weights or self._forward_hooks else None
+        out = self.out_proj(self._attend(q, k, v, allowed, added).transpose(1, 2).flatten(2))
+        return out, _weights(q, k, allowed, added).mean(1) if need_weights or self._forward_hooks else None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
+        p = self.dropout if self.training else 0.0
         if q.device.type != "cpu" or q.dtype == torch.float64:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=_of_type(mask, q.dtype), dropout_p=dropout)
-        # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16.
+            mask = _of_type(_one_mask(allowed, added), q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16. It knows no dropout.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout)
+            if p:
+                out = dropout(_weights(q.float(), k.float(), allowed, added), p, True) @ v.float()
+            else:
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=_one_mask(allowed, added))
         return out.to(q.dtype)
 
-    @staticmethod
-    def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
-        scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                # [B, M, Q, S]
-        if added is not None:
-            scores = scores + added
-        if allowed is None:
-            return scores.softmax(-1).mean(1)
-        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        return weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).mean(1)
+
+def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
+    """``[B, M, Q, S]``; zeros where a query may look nowhere."""
+    scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
+    if added is not None:
+        scores = scores + added
+    if allowed is None:
+        return scores.softmax(-1)
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
 
 def _one_mask(allowed: Tensor | None, added: Tensor | None) -> Tensor | None:

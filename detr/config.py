@@ -186,6 +186,8 @@ class RunConfig:
     print_every: float = flag(10.0, "seconds between progress lines")
     deterministic: bool = flag(False, "the same numbers in every run on the same machine, bit by bit; slower on a GPU")
     compile: bool = flag(False, "compile the model with torch.compile")
+    fold_norms: bool = flag(False, "fold a ResNet's frozen normalisations into its convolutions in float32 training on "
+                            "CPUs, too: faster, but rounded otherwise than the published runs")
     activation_checkpointing: bool = flag(False, "compute layers again in the backward pass instead of keeping what they "
                                           "computed: less memory, more time")
     auto_batch_size: bool = flag(False, "choose --batch_size by trying the worst batch of this data")

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from .attention import MultiheadAttention
 from .deformable_attention import MSDeformAttn
+from .dropout import Dropout
 from .mlp import feed_forward
 from .residual import post_norm, pre_norm
 from .structures import FeatureLevels
@@ -21,7 +22,7 @@ class TransformerDecoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual = pre_norm if normalize_before else post_norm
 
     def forward(self, content: Tensor, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor,
@@ -59,7 +60,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, content: Tensor, query_position: Tensor, reference: Tensor, memory: Tensor,
                 levels: FeatureLevels) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .attention import MultiheadAttention
 from .deformable_attention import MSDeformAttn
+from .dropout import Dropout
 from .mlp import feed_forward
 from .reference_points import encoder_reference_points
 from .residual import post_norm, pre_norm
@@ -22,7 +23,7 @@ class TransformerEncoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual = pre_norm if normalize_before else post_norm
 
     def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, levels: FeatureLevels, reference: Tensor) -> Tensor:
         """``tokens [B, S, D]`` of ``levels``, ``reference [B, S, L, 2]`` -> ``[B, S, D]``."""

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .config import TrainConfig
 
+FUSED = {"cpu", "cuda"}                         # devices for which PyTorch has fused optimizers
 
 class Sharing(NamedTuple):
     """How the images of an optimizer step come together."""
@@ -62,10 +63,12 @@ def adjusted(train: TrainConfig, images: int) -> tuple[TrainConfig, float]:
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or with ``--sgd`` SGD with momentum, as published for Deformable DETR. Each group has its learning rate."""
+    """AdamW, or with ``--sgd`` SGD with momentum, as published for Deformable DETR. Each group has its learning rate. The
+    weights are gone over once, where PyTorch has fused optimizers for their device."""
+    fused = {p.device.type for group in groups for p in group["params"]} <= FUSED or None
     if train.sgd:
-        return torch.optim.SGD(groups, lr=train.lr, momentum=0.9, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
+        return torch.optim.SGD(groups, lr=train.lr, momentum=0.9, weight_decay=train.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused)
 
 
 def drops_before(epoch: int, train: TrainConfig) -> int:

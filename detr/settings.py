@@ -12,6 +12,7 @@ import torch
 from . import checkpoint, config, engines
 from .architectures.deformable_detr import DeformableDETRConfig
 from .backbone import fitting_norm, has_statistics, scratch_norm
+from .backbone.resnet import SIZES as RESNETS
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from .distributed import say
 from .presets import PRESETS
@@ -321,6 +322,9 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("panoptic_threshold", not (masks and panoptic), "without --masks and --dataset_file coco_panoptic"),
             ("coco_panoptic_path", not panoptic, f"with --dataset_file {data.dataset_file}: add --dataset_file "
              f"coco_panoptic, or"),
+            ("fold_norms", settings.model.backbone_norm != "frozen" or settings.model.backbone not in RESNETS,
+             "without a ResNet whose normalisations are frozen"),
+            ("fold_norms", run.eval, "with --eval, which always folds"),
             ("frozen_weights", run.eval, "with --eval: all weights are those of --resume"),
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")

@@ -271,9 +271,9 @@ def build(case: dict[str, Any], device: torch.device) -> tuple[nn.Module, nn.Mod
     return model.to(device), criterion.to(device)
 
 
-@torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Set the fixed statistics of normalisations to those of random images, so that maps are neither vast nor tiny."""
+    @torch.no_grad()
     def take(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         norm.running_mean.copy_(args[0].mean((0, 2, 3)))
         norm.running_var.copy_(args[0].var((0, 2, 3)) + 1e-3)
@@ -282,7 +282,8 @@ def settle(model: nn.Module) -> None:
     was = model.training
     try:
         if hooks:
-            model.eval()(torch.randn(1, 3, 128, 128))
+            with torch.enable_grad():                           # without, normalisations are not called by themselves
+                model.eval()(torch.randn(1, 3, 128, 128))
     finally:
         model.train(was)
         for hook in hooks:

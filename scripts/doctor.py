@@ -48,6 +48,7 @@ try:                                                # where this fails, that is 
     from datasets.transforms import Preprocessing, eval_transforms
     from detr import visualize
     from detr.backbone import backbone_of, body_of
+    from detr.backbone.resnet import fold_norms
     from detr.config import RunConfig, typed_flags
     from detr.diagnosis import blame, random_states, set_random_states
     from detr.memory import (
@@ -445,6 +446,8 @@ def prepare(report: Report, settings: Settings, training: Any, validation: Any, 
         held = main.freeze_parts(model, settings.train.freeze)
         model, criterion = model.to(device), criterion.to(device)
         criterion.normalizer = settings.train.loss_normalizer
+        if run.fold_norms:
+            fold_norms(model)
         if run.activation_checkpointing:
             checkpoint_activations(model)
         if run.compile:

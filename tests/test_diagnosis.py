@@ -284,7 +284,7 @@ def test_the_same_dropout_as_in_the_step():
 
 def test_attention_weights_are_not_computed_for_it(monkeypatch):
     model, criterion, samples, objects = step(DENSE)
-    monkeypatch.setattr("detr.attention.MultiheadAttention._weights", lambda *_: pytest.fail("nobody asked for weights"))
+    monkeypatch.setattr("detr.attention._weights", lambda *_: pytest.fail("nobody asked for weights"))
     assert blame(model, criterion, samples, objects).startswith(NOT_FOUND)
 
 

@@ -8,7 +8,7 @@ import pytest
 LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
      "preprocessing", "sources", "writers", "tiles", "coco_classes", "precision", "diagnosis", "collapse", "run_folder",
-     "sharding", "exact_mode",
+     "sharding", "exact_mode", "dropout",
      "deformable_cpu", "deformable_triton", "engines"},
     {"optimization", "memory", "finetune", "mlp", "residual", "attention", "deformable_attention",
      "position_encoding", "reference_points"},

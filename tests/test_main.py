@@ -78,7 +78,8 @@ NEW = [
     ("global_batch_size", int, 0), ("lr_rule", str, "none"), ("lr_batch", int, 16), ("loss_normalizer", str, "process"),
     ("non_finite", str, "stop"), ("skip_at_most", int, 10), ("save_every_minutes", float, 15.0),
     ("log_steps", bool, False), ("deterministic", bool, False), ("compile", bool, False),
-    ("activation_checkpointing", bool, False), ("auto_batch_size", bool, False), ("fsdp", bool, False),
+    ("fold_norms", bool, False), ("activation_checkpointing", bool, False), ("auto_batch_size", bool, False),
+    ("fsdp", bool, False),
     ("coco_eval", str, "fast"), ("engine", str, "pytorch"),
 ]
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "

@@ -1,11 +1,13 @@
 """Residual networks against torchvision's; maps, masks, and what is frozen."""
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from detr.backbone import IMAGENET_URLS, Backbone, build_body, freeze
-from detr.backbone.resnet import SIZES, FrozenBatchNorm2d, ResNet, group_norm
+from detr.backbone.resnet import SIZES, FrozenBatchNorm2d, ResNet, fold_norms, group_norm
 from detr.nested_tensor import nested_tensor_from_tensor_list, resize_mask
 
 FROZEN = torchvision.ops.FrozenBatchNorm2d
@@ -179,3 +181,36 @@ def test_imagenet_weights_are_torchvisions():
     for name in PUBLISHED:
         weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         assert IMAGENET_URLS[name] == weights.url
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folded_normalisations(name):
+    """Maps and gradients in float64 are those of convolution and normalisation one after the other."""
+    torch.manual_seed(0)
+    plain = ResNet(name).double().train()
+    for module in plain.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for value, low, high in ((module.weight, 0.3, 0.6), (module.bias, -0.2, 0.2), (module.running_mean, -1, 1),
+                                     (module.running_var, 0.5, 2)):
+                value.uniform_(low, high)
+    folded = copy.deepcopy(plain)
+    count = fold_norms(folded)
+    assert count == sum(isinstance(module, FrozenBatchNorm2d) for module in plain.modules()) > 10
+    called = []
+    for model in (plain, folded):
+        model.layer1[0].bn2.register_forward_hook(lambda *_, model=model: called.append(model))
+    images = torch.randn(2, 3, 65, 90, dtype=torch.float64)
+    sizes = [(65, 64), (50, 90)]
+    maps = [model(images, sizes) for model in (plain, folded)]
+    assert called == [plain]                                    # in training on a CPU folded only where asked for
+    for a, b, extents in zip(*maps, zip(*(plain.extents(size) for size in sizes))):
+        for i, (h, w) in enumerate(extents):
+            torch.testing.assert_close(a[i, :, :h, :w], b[i, :, :h, :w], atol=1e-10, rtol=1e-10)
+    inside = [plain.extents(size)[-1] for size in sizes]
+    for *_, last in maps:
+        sum(last[i, :, :h, :w].square().sum() for i, (h, w) in enumerate(inside)).backward()
+    for (key, p), q in zip(plain.named_parameters(), folded.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-8, rtol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+    with torch.no_grad():
+        plain(images)
+    assert called == [plain]                                    # without gradients always folded

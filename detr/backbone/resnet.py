@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..padding import Size as Extent
@@ -36,10 +35,49 @@ class FrozenBatchNorm2d(nn.Module):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x: Tensor) -> Tensor:
+    folds = False               # also where training should round as published does: see ``as_published``
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """What each channel is multiplied by, and what is added then."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.affine()
+        return (x * scale[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
+
+
+def as_published(x: Tensor) -> bool:
+    """Whether float32 is rounded as in the published runs: in training on CPUs, where theirs are recorded. Differences of
+    rounding grow there from step to step, once they decide on which side of zero an activation falls."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def fold_norms(model: nn.Module) -> int:
+    """From now on normalisations with frozen statistics are folded into their convolutions wherever ``model`` computes,
+    at the price of other rounding than the published runs have in training; returns how many there are."""
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    for norm in norms:
+        norm.folds = True
+    return len(norms)
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that can take the fixed normalisation behind it into its weights: a factor and a summand for each
+    channel cost nothing there, and two passes over the map behind it. Trainable normalisations come as ever."""
+
+    def forward(self, x: Tensor, norm: FrozenBatchNorm2d | None = None) -> Tensor:             # type: ignore[override]
+        if norm is None:
+            return super().forward(x)
+        scale, shift = norm.affine()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+
+
+def convolved(conv: nn.Module, norm: nn.Module, x: Tensor, at: Where | None) -> Tensor:
+    """``norm`` of ``conv`` of ``x``; ``at``: where the images are then."""
+    if isinstance(norm, FrozenBatchNorm2d) and (norm.folds or not as_published(x)):
+        return conv(x, norm)
+    return normalised(norm, conv(x), at)
 
 
 Norm = Callable[[int], nn.Module]
@@ -59,16 +97,17 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.conv1 = Convolution(inplanes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Convolution(planes, planes, 3, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.downsample = shortcut(inplanes, planes, stride, norm)
 
     def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
         """``x``, with the images ``before`` the stride and ``after`` it."""
-        out = F.relu(normalised(self.bn1, self.conv1(zeroed(x, before)), after))
-        return F.relu(normalised(self.bn2, self.conv2(zeroed(out, after)), after) + self.downsample(x, after))
+        out = convolved(self.conv1, self.bn1, zeroed(x, before), after).relu_()
+        out = convolved(self.conv2, self.bn2, zeroed(out, after), after)
+        return out.add_(self.downsample(x, after)).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -77,35 +116,33 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.conv1 = Convolution(inplanes, planes, 1, bias=False)
         self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = Convolution(planes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(planes)
-        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.conv3 = Convolution(planes, 4 * planes, 1, bias=False)
         self.bn3 = norm(4 * planes)
         self.downsample = shortcut(inplanes, 4 * planes, stride, norm)
 
     def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
         """``x``, with the images ``before`` the stride and ``after`` it."""
-        out = F.relu(normalised(self.bn1, self.conv1(x), before))
-        out = F.relu(normalised(self.bn2, self.conv2(zeroed(out, before)), after))
-        return F.relu(normalised(self.bn3, self.conv3(out), after) + self.downsample(x, after))
+        out = convolved(self.conv1, self.bn1, x, before).relu_()
+        out = convolved(self.conv2, self.bn2, zeroed(out, before), after).relu_()
+        return convolved(self.conv3, self.bn3, out, after).add_(self.downsample(x, after)).relu_()
 
 
 class Shortcut(nn.Sequential):
     """A 1x1 convolution and its normalisation, or nothing: the identity."""
 
     def forward(self, x: Tensor, after: Where | None) -> Tensor:                            # type: ignore[override]
-        for layer in self:
-            x = normalised(layer, x, after)
-        return x
+        return convolved(self[0], self[1], x, after) if len(self) else x
 
 
 def shortcut(inplanes: int, planes: int, stride: int, norm: Norm) -> Shortcut:
     """What stands beside a block: a convolution where size or width changes."""
     if stride == 1 and inplanes == planes:
         return Shortcut()
-    return Shortcut(nn.Conv2d(inplanes, planes, 1, stride, bias=False), norm(planes))
+    return Shortcut(Convolution(inplanes, planes, 1, stride, bias=False), norm(planes))
 
 
 class Stage(nn.Sequential):
@@ -153,7 +190,7 @@ class ResNet(nn.Module):
             raise ValueError(f"--dilation needs bottleneck blocks, which {name} does not have: "
                              f"use --backbone resnet50 or resnet101")
         make_norm = NORMS[norm]
-        self.conv1 = nn.Conv2d(in_channels, size.width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = Convolution(in_channels, size.width, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(size.width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.channels, self.strides, self.stages = [], [], []
@@ -210,13 +247,11 @@ class ResNet(nn.Module):
         ``sizes`` are (height, width) of the images in the batch: each image's maps are then those of the image alone
         inside ``extents(size)``, and arbitrary, but finite, outside.
         """
-        # Channels last is what convolutions are fastest with, but for float32 on CPUs. There it is no faster, and rounds
-        # otherwise than the published runs: after ten training steps gradients differ by 1e-3 instead of 4e-5.
-        if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            images = images.contiguous(memory_format=torch.channels_last)
+        if getattr(self.bn1, "folds", False) or not as_published(images):
+            images = images.contiguous(memory_format=torch.channels_last)       # what convolutions are fastest with
         at = where(images, None if sizes is None else check_sizes(images, sizes))
-        x, at = self.conv1(zeroed(images, at)), through(self.conv1, at)
-        x = F.relu(normalised(self.bn1, x, at))
+        after = through(self.conv1, at)
+        x, at = convolved(self.conv1, self.bn1, zeroed(images, at), after).relu_(), after
         x, at = self.maxpool(zeroed(x, at)), through(self.maxpool, at)          # after a ReLU, zero is as good as -inf
         maps = []
         for i in range(len(self.stages)):

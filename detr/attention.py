@@ -46,7 +46,7 @@ class MultiheadAttention(nn.Module):
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
         added = None if prior is None else prior[:, None]
         out = self.out_proj(self._attend(q, k, v, allowed, added).transpose(1, 2).flatten(2))
-        return out, _weights(q, k, allowed, added).mean(1) if need_weights or self._forward_hooks else None
+        return out, _weights(q, k, allowed, added) if need_weights or self._forward_hooks else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
         p = self.dropout if self.training else 0.0
@@ -56,13 +56,18 @@ class MultiheadAttention(nn.Module):
         # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16. It knows no dropout.
         with torch.autocast("cpu", enabled=False):
             if p:
-                out = dropout(_weights(q.float(), k.float(), allowed, added), p, True) @ v.float()
+                out = dropout(_weights_of_heads(q.float(), k.float(), allowed, added), p, True) @ v.float()
             else:
                 out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=_one_mask(allowed, added))
         return out.to(q.dtype)
 
 
 def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
+    """``[B, Q, S]``, averaged over heads."""
+    return _weights_of_heads(q, k, allowed, added).mean(1)
+
+
+def _weights_of_heads(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
     """``[B, M, Q, S]``; zeros where a query may look nowhere."""
     scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
     if added is not None:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import dropout
+from .nested_tensor import may_pad
 
 
 class MultiheadAttention(nn.Module):
@@ -40,7 +41,7 @@ class MultiheadAttention(nn.Module):
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)       # [B, M, Q or S, D/M]
                    for x, w, b in zip((query, key, value), weights, biases))
         allowed = None
-        if key_padding_mask is not None:
+        if key_padding_mask is not None and may_pad(key_padding_mask):
             allowed = ~key_padding_mask[:, None, None, :]
         if attn_mask is not None:
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask

@@ -3,6 +3,8 @@ feed-forward block of transformer layers (Vaswani et al., 2017, section 3.3)."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import relu_dropout
+
 
 class MLP(nn.Module):
     """``num_layers`` linear layers with ReLU between them: ``[..., input_dim]`` -> ``[..., output_dim]``."""
@@ -19,7 +21,7 @@ class MLP(nn.Module):
         return last(x)
 
 
-def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Module) -> Tensor:
+def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Dropout) -> Tensor:
     """Two linear layers with ReLU between them, dropout after each; a function, since published files know the two by
     the layer they belong to."""
-    return dropout(linear2(dropout(F.relu(linear1(x)))))
+    return dropout(linear2(relu_dropout(linear1(x), dropout.p, dropout.training)))

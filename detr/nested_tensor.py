@@ -86,6 +86,14 @@ def as_nested_tensor(samples: NestedTensor | Tensor | Sequence[Tensor]) -> Neste
     return nested_tensor_from_tensor_list(list(samples))
 
 
+def may_pad(mask: Tensor) -> bool:
+    """Whether anything in ``mask`` may be padding: its answer where asking costs nothing, on a CPU; True elsewhere, and
+    while a model is compiled or exported."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return bool(mask.any())
+
+
 def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:
     """The padding mask at the size of a feature map, by nearest neighbour (rounded down), as published."""
     return F.interpolate(images.mask[:, None].float(), size=size)[:, 0].bool()

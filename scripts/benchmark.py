@@ -15,6 +15,7 @@ sides take turns: every precision, ours and the peers. On CUDA all share one pro
     bf16         ours: within ``detr.precision.autocast``. Peers: converted to bfloat16 for ``forward``, where they can
                  compute so, else and for ``train`` within autocast
     compiled     with --compile, beside the others: ours by ``detr.memory.compile_model``, peers by ``torch.compile``
+    memory       what a side frees, the process keeps for the next one, as main.py does on CPUs; that helps peers, too
     time         median of ``--repeats`` rounds after one that does not count; in each round every side has a turn. The
                  spread is from the fastest to the slowest. ``--clock cpu``: the processor's time over the threads, which
                  other programs change less than the time on the wall
@@ -572,6 +573,8 @@ def measure_memory(case: dict[str, Any], who: str, form: str, precision: str) ->
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """All figures of a case but, on a CPU, memory: see ``figures``."""
     device = torch.device(case["device"])
+    if device.type == "cpu":
+        memory.keep_freed_memory()
     torch.set_num_threads(case["threads"])
     ours = OurModel(case, *build(case, device), device)
     others = Peers(case, ours)

@@ -1,10 +1,11 @@
 """Dropout: what it is by definition, over many draws; and that it is PyTorch's wherever it says so."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from detr.attention import MultiheadAttention
-from detr.dropout import BITS, Dropout, dropout
+from detr.dropout import BITS, Dropout, dropout, relu_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
@@ -36,6 +37,27 @@ def test_gradient_is_dropped_where_the_value_was(shape, dtype):
     assert out.shape == x.shape and out.dtype == dtype
     out.backward(torch.ones_like(out))
     torch.testing.assert_close(x.grad * x.detach(), out.detach(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+def test_relu_and_dropout_in_place():
+    """As one after the other, with the same random numbers; in place, but for leaves."""
+    torch.manual_seed(2)
+    leaf = torch.randn(41, 9, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (lambda x: relu_dropout(x, 0.4, True), lambda x: dropout(F.relu(x), 0.4, True),
+                     lambda x: Dropout(0.4)(F.relu(x) + 0)):
+        torch.manual_seed(3)
+        fresh = leaf * 1
+        out = function(fresh)
+        (out ** 2).sum().backward()
+        results.append((out.detach().clone(), leaf.grad.clone()))
+        leaf.grad = None
+    for out, gradient in results[1:]:
+        assert torch.equal(out, results[0][0]) and 0 < int((out == 0).sum()) < out.numel()
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=0)
+    assert relu_dropout(fresh := leaf * 1, 0.4, True) is fresh
+    assert relu_dropout(leaf, 0.4, True) is not leaf and Dropout(0.4)(leaf) is not leaf
+    assert torch.equal(relu_dropout(leaf, 0.4, False), F.relu(leaf)) and bool((leaf < 0).any())
 
 
 def test_nothing_is_dropped():

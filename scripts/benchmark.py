@@ -11,11 +11,13 @@ sides take turns: every precision, ours and the peers. On CUDA all share one pro
 
     forward      in evaluation, without gradients. ``model``: as it is; ``prepared``: by ``detr.inference.for_prediction``
     train        forward, criterion, backward, gradients clipped to 0.1, AdamW: the steps of ``engine.train_one_epoch``.
-                 Collating is not timed here, but has a share below
+                 Collating is not timed here, but has a share below. ``model``: as it is; ``folded``, on a CPU in float32:
+                 with main.py's ``--fold_norms``
     bf16         ours: within ``detr.precision.autocast``. Peers: converted to bfloat16 for ``forward``, where they can
                  compute so, else and for ``train`` within autocast
     compiled     with --compile, beside the others: ours by ``detr.memory.compile_model``, peers by ``torch.compile``
-    memory       what a side frees, the process keeps for the next one, as main.py does on CPUs; that helps peers, too
+    keep_memory  what a side frees, the process keeps for the next one, as main.py does on CPUs. That helps peers at least
+                 as much; without it, both hand their memory back to the system and fetch it anew, as programs do
     time         median of ``--repeats`` rounds after one that does not count; in each round every side has a turn. The
                  spread is from the fastest to the slowest. ``--clock cpu``: the processor's time over the threads, which
                  other programs change less than the time on the wall
@@ -74,6 +76,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import collate
 from detr import build_model, config, list_models, memory, sharding
 from detr.backbone import backbone_of
+from detr.backbone.resnet import fold_norms
 from detr.config import TrainConfig
 from detr.nested_tensor import NestedTensor
 from detr.optimization import make_optimizer
@@ -112,7 +115,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed, at least 5 for figures to show")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what times are read from, on CPU")
     parser.add_argument("--compile", action="store_true", help="measure compiled models, too, ours and the peers'")
-    parser.add_argument("--compare", action="store_true", help="the same work through installed peers, and ratios")
+    parser.add_argument("--compare", nargs="*", choices=PEERS, metavar="PEER", help="the same work through installed "
+                        f"peers, and ratios: {', '.join(PEERS)} (default: all)")
+    parser.add_argument("--keep_memory", action="store_true", help="on a CPU, keep freed memory, as main.py does")
     parser.add_argument("--dropout", type=float, help="everywhere in the transformers of both sides (default: as each "
                         "one's configuration has it)")
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")
@@ -384,6 +389,10 @@ class OurModel:
         sides = []
         for precision in self.case["precision"]:
             forms = {"model": self.model}
+            if self.case["mode"] == "train" and precision == "float32" and self.device.type == "cpu":
+                folded = sharing_weights(self.model)
+                if fold_norms(folded):
+                    forms["folded"] = folded
             if self.case["mode"] == "forward" and importlib.util.find_spec("detr.inference") is None:
                 left_out["prepared"] = "there is no detr.inference"
             elif self.case["mode"] == "forward":
@@ -399,10 +408,15 @@ class OurModel:
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """A compiled copy of the modules, with the parameters and buffers of ``model`` itself, which an optimizer has."""
-    fast = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    """A compiled copy of the modules; see ``sharing_weights``."""
+    fast = sharing_weights(model)
     memory.compile_model(fast, device)
     return fast
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the parameters and buffers of ``model`` itself, which an optimizer has."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 def agreeing(who: str, ours: Outputs, theirs: Outputs, allowed: float = AGREES) -> dict[str, float]:
@@ -573,14 +587,13 @@ def measure_memory(case: dict[str, Any], who: str, form: str, precision: str) ->
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """All figures of a case but, on a CPU, memory: see ``figures``."""
     device = torch.device(case["device"])
-    if device.type == "cpu":
+    if device.type == "cpu" and case["keep_memory"]:
         memory.keep_freed_memory()
     torch.set_num_threads(case["threads"])
     ours = OurModel(case, *build(case, device), device)
     others = Peers(case, ours)
     sides, left_out = ours.sides()
-    if case["compare"]:
-        sides += others.sides(PEERS)
+    sides += others.sides(case["compare"])
     clock = Clock(device, case["threads"])
     peaks = limits(device, case["precision"], case["matrix"])
     spent = take_turns([*(side.call for side in sides), *(call for call, _ in peaks.values())], clock, case["repeats"])
@@ -756,7 +769,8 @@ def cases_of(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     sizes = {"forward": [(800, 1066)], "train": [(800, 1066) if cuda else (480, 640)]}
     common = {"flags": flags_of(args.flags), "objects": args.objects, "precision": args.precision, "device": str(device),
               "threads": args.threads or torch.get_num_threads(), "repeats": args.repeats, "clock": args.clock,
-              "compile": args.compile, "compare": args.compare, "dropout": args.dropout, "no_memory": args.no_memory,
+              "compile": args.compile, "compare": list(PEERS) if args.compare == [] else args.compare or [],
+              "keep_memory": args.keep_memory, "dropout": args.dropout, "no_memory": args.no_memory,
               "no_parts": args.no_parts, "matrix": 8192 if cuda else 2048}
     return [{"model": model, "mode": mode, "batch": batch, "size": list(size), **common}
             for model in args.model for mode in args.mode for batch in args.batch or batches[mode]

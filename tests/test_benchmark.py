@@ -232,15 +232,17 @@ def test_fields(tmp_path, capsys, monkeypatch):
 
 
 @needs_transformers
-def test_comparison_has_ratios(monkeypatch):
-    monkeypatch.setattr(benchmark, "PEERS", ("transformers", "retinanet"))
-    case = case_of("--model", "detr_resnet50", "--mode", "train", "--compare", "--precision", "float32", "--no_parts",
-                   "--flags", *(f"{name}={value}" for name, value in small_flags("detr_resnet50").items()))
+def test_comparison_has_ratios():
+    compared = ["transformers", "retinanet"]
+    case = case_of("--model", "detr_resnet50", "--mode", "train", "--compare", *compared, "--precision", "float32",
+                   "--no_parts", "--flags", *(f"{name}={value}" for name, value in small_flags("detr_resnet50").items()))
     found = benchmark.measure(case)
-    rows = {row["who"]: row["seconds"] for row in found["rows"]}
-    assert set(rows) == {"ours", *benchmark.PEERS} and max(found["differences"]["transformers"].values()) < 1e-4
-    assert {r["theirs"][0]: r["ratio"] for r in found["ratios"]} == {
-        who: pytest.approx(rows[who] / rows["ours"]) for who in benchmark.PEERS}
+    rows = {(row["who"], row["form"]): row["seconds"] for row in found["rows"]}
+    assert set(rows) == {("ours", "model"), ("ours", "folded"), *((who, "model") for who in compared)}
+    assert max(found["differences"]["transformers"].values()) < 1e-4
+    assert {(r["ours"][0], r["theirs"][0]): r["ratio"] for r in found["ratios"]} == {
+        (form, who): pytest.approx(rows[who, "model"] / rows["ours", form])
+        for form in ("model", "folded") for who in compared}
 
 
 def test_absent_peers_are_named(monkeypatch):

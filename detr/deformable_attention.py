@@ -153,6 +153,10 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
+    def for_each_point(self, x: Tensor) -> Tensor:
+        """``[..., L, 2]`` -> ``[..., 1, L * P * 2]``: in this order processors add fastest to all heads' points."""
+        return x[..., None, :].expand(*x.shape[:-1], self.n_points, 2).flatten(-3)[..., None, :]
+
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, levels: FeatureLevels) -> Tensor:
         """``query [B, Q, D]``; ``reference [B, Q, L, 2]`` (x, y), or ``[B, Q, L, 4]`` boxes (cxcywh), as fractions of
         each level; ``tokens [B, S, D]``: what has become of the tokens of ``levels``. Returns ``[B, Q, D]``.
@@ -166,12 +170,13 @@ class MSDeformAttn(nn.Module):
         points = (self.n_heads, self.n_levels, self.n_points)
         with torch.autocast(query.device.type, enabled=False):      # where to look is worth float32
             query = query.to(self.sampling_offsets.weight.dtype)
-            offsets = self.sampling_offsets(query).unflatten(-1, (*points, 2))              # [B, Q, M, L, P, 2]
+            offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, -1))        # [B, Q, M, L * P * 2]
             weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
             weights = weights.unflatten(-1, points[1:])                                     # [B, Q, M, L, P]
-            centre = reference[:, :, None, :, None, :2]
+            centre = self.for_each_point(reference[..., :2])
             if reference.shape[-1] == 2:
-                locations = centre + offsets / levels.sizes[:, None]
+                locations = centre + offsets / self.for_each_point(levels.sizes)
             else:
-                locations = centre + offsets / self.n_points * reference[:, :, None, :, None, 2:] * 0.5
+                locations = centre + offsets / self.n_points * self.for_each_point(reference[..., 2:]) * 0.5
+            locations = locations.unflatten(-1, (*points[1:], 2))                           # [B, Q, M, L, P, 2]
         return self.output_proj(deformable_sampling(value, levels.shapes, locations, weights, self.path))

@@ -19,7 +19,7 @@ class Dropout(nn.Dropout):
     is rounded to a multiple of 2 ** -16 there, and what is kept scaled by just that."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training, inplace=not x.is_leaf)
+        return dropout(x, self.p, self.training, inplace=not given(x))
 
 
 def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
@@ -32,9 +32,14 @@ def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tenso
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """``dropout`` of what is above zero, which nobody else uses: ``x`` may be changed."""
-    if training and p > 0 and ours(x) and not x.is_leaf:
+    if training and p > 0 and ours(x) and not given(x):
         return ReluDrop.apply(x, round(p * BITS))                                               # type: ignore[no-any-return]
-    return dropout(F.relu(x, inplace=not x.is_leaf), p, training)
+    return dropout(F.relu(x, inplace=not given(x)), p, training)
+
+
+def given(x: Tensor) -> bool:
+    """Whether ``x`` is what gradients are asked for, which PyTorch lets nobody change."""
+    return x.is_leaf and x.requires_grad
 
 
 def ours(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .nested_tensor import NestedTensor
+from .nested_tensor import NestedTensor, may_pad
 
 
 def sine_encoding(position: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
@@ -41,14 +41,30 @@ class PositionEmbeddingSine(nn.Module):
 
     def forward(self, features: NestedTensor) -> Tensor:
         """Feature map with its padding mask ``[B, H, W]`` -> float32 ``[B, 2 * num_pos_feats, H, W]``."""
+        if not may_pad(features.mask):
+            return self.of_grid(*features.mask.shape, features.mask.device)
         valid = ~features.mask
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
         if self.normalize:
-            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
-            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale
+            y = self.normalised(y, y[:, -1:, :])
+            x = self.normalised(x, x[:, :, -1:])
         encoded = [sine_encoding(c, self.num_pos_feats, self.temperature) for c in (y, x)]
         return torch.cat(encoded, dim=-1).permute(0, 3, 1, 2)
+
+    def of_grid(self, batch: int, height: int, width: int, device: torch.device) -> Tensor:
+        """The same for images without padding, whose rows and columns are the same everywhere."""
+        encoded = []
+        for length, shape in ((height, (-1, height, 1)), (width, (-1, 1, width))):
+            position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+            position = self.normalised(position, position[-1:]) if self.normalize else position
+            encoding = sine_encoding(position, self.num_pos_feats, self.temperature)            # [length, F]
+            encoded.append(encoding.mT.reshape(shape).expand(-1, height, width))
+        return torch.cat(encoded).expand(batch, -1, -1, -1)
+
+    def normalised(self, position: Tensor, last: Tensor) -> Tensor:
+        """Positions counted from 1 as fractions of the ``last``, times the scale."""
+        return (position + self.offset) / (last + 1e-6) * self.scale
 
 
 class PositionEmbeddingLearned(nn.Module):

@@ -107,3 +107,15 @@ def test_by_name():
         build_position_encoding("v2", 32)
     with pytest.raises(ValueError, match="normalize=True"):
         PositionEmbeddingSine(16, scale=1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"normalize": True, "offset": -0.5, "scale": 3.0}])
+def test_without_padding(options, monkeypatch):
+    """Worked out by row and column, it is what it is pixel by pixel."""
+    encoding = PositionEmbeddingSine(16, **options)
+    features = NestedTensor(torch.zeros(2, 1, 13, 22), torch.zeros(2, 13, 22, dtype=torch.bool))
+    found = encoding(features)
+    monkeypatch.setattr("detr.position_encoding.may_pad", lambda mask: True)
+    expected = encoding(features)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

@@ -334,8 +334,6 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
     criterion.normalizer = train.loss_normalizer
     if settings.run.fold_norms:
         say(f"folded into convolutions: {fold_norms(model)} normalisations")
-    if device.type == "cpu":
-        keep_freed_memory()
     if settings.run.activation_checkpointing:
         say(f"computed again in the backward pass: {few(checkpoint_activations(model), 4)}")
     if settings.run.compile:
@@ -534,6 +532,9 @@ def with_transforms(settings: Settings, preprocessing: Preprocessing, training: 
     training, mosaic = copy.copy(training), data.mosaic if changed else 0.0
     training.transforms = None if mosaic else transforms
     if data.fast_images != "off":
+        if settings.model.in_channels not in (1, 3):
+            raise ValueError(f"--fast_images {data.fast_images}: not with --in_channels {settings.model.in_channels}, "
+                             f"whose images Pillow never resizes; leave it out")
         if mosaic or type(training) is not CocoDetection:
             raise ValueError(f"--fast_images {data.fast_images}: not with " + (
                 "--mosaic, which joins images of several sizes" if mosaic else "panoptic data or data sets from Python") +
@@ -569,7 +570,10 @@ if __name__ == "__main__":
     parser = Parser("DETR", description="Train and evaluate detection transformers.", parents=[get_args_parser()],
                     allow_abbrev=False)
     try:
-        main(parser.parse_args())
+        arguments = parser.parse_args()
+        if not torch.cuda.is_available():                              # this process is ours alone
+            keep_freed_memory()
+        main(arguments)
     except Interrupted as interrupted:                                 # which was said
         sys.exit(128 + interrupted.signal)
     except (ValueError, OSError, ImportError, MemoryError, NonFiniteError) as error:

@@ -15,8 +15,9 @@ BITS = 2 ** 16
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` for what nobody else uses, such as the output of a linear layer. On CPUs it works in place; ``p``
-    is rounded to a multiple of 2 ** -16 there, and what is kept scaled by just that."""
+    """``nn.Dropout`` for what nobody else uses, such as the output of a linear layer. On CPUs it works in place, so that
+    in training a hook that keeps that output finds it dropped; ``p`` is rounded to a multiple of 2 ** -16 there, and what
+    is kept scaled by just that."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.training, inplace=not given(x))

@@ -58,13 +58,15 @@ def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bo
                           ) from error
     if isinstance(model, str) and not Path(model).is_file():
         raise FileNotFoundError(f"there is no file {model}; scripts/export.py makes one of a checkpoint")
-    device, providers = torch.device(device), ["CPUExecutionProvider"]
+    device = torch.device(device)
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device.type != "cpu":
         if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             there = ", ".join(onnxruntime.get_available_providers())
             raise ValueError(f"--device {device}: this onnxruntime has {there} alone; use --device cpu, or for cuda pip "
                              f"install onnxruntime-gpu")
-        providers.insert(0, "CUDAExecutionProvider")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3                                      # errors

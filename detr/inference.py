@@ -3,8 +3,8 @@
 What it does without changing a number beyond rounding: normalisations with fixed statistics go into the convolutions
 before them; convolutions, with their ReLU and the sum of a residual block, run as one operation in the channels-last
 order where PyTorch has one; auxiliary outputs are left out. With ``bf16`` the backbone computes in bfloat16, and the
-transformer's matrices are multiplied in it, while boxes, scores, normalisations and the places that deformable attention
-looks at stay in float32.
+transformer's matrices are multiplied in it; offsets and weights of deformable attention, and the sums that make boxes of
+them, stay in float32.
 """
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .backbone import backbone_of
-from .backbone.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
+from .backbone.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet, extents_behind
 from .padding import Size, Where, check_sizes, through, where, zeroed
 from .precision import TYPES
 
 NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)                     # whose statistics are fixed in evaluation
-
-
 # Linear layers whose numbers are worth float32, or that a model asks for their type.
-IN_FLOAT32 = ("sampling_offsets", "attention_weights", "reference_points", "bbox_embed", "class_embed")
+IN_FLOAT32 = {"sampling_offsets", "attention_weights", "reference_points", "bbox_embed", "class_embed"}
 
 
-class Convolution(nn.Module):
+class FoldedConvolution(nn.Module):
     """A convolution with its normalisation inside and, with ``relu``, what is below zero set to zero; with ``add``, after
     that tensor was added."""
 
@@ -67,10 +65,10 @@ class Block(nn.Module):
     def __init__(self, block: BasicBlock | Bottleneck) -> None:
         super().__init__()
         count = 2 if isinstance(block, BasicBlock) else 3
-        self.convs = nn.ModuleList(Convolution(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True)
+        self.convs = nn.ModuleList(FoldedConvolution(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True)
                                    for i in range(1, count + 1))
         shortcut: Any = block.downsample
-        self.shortcut = Convolution(shortcut[0], shortcut[1], relu=False) if len(shortcut) else None
+        self.shortcut = FoldedConvolution(shortcut[0], shortcut[1], relu=False) if len(shortcut) else None
         self.strided = count - 2                                # the number of the convolution that may have a stride
 
     def forward(self, x: Tensor, before: Where | None, after: Where | None) -> Tensor:
@@ -90,10 +88,15 @@ class FoldedResNet(nn.Module):
     def __init__(self, body: ResNet) -> None:
         super().__init__()
         self.channels, self.strides, self.stages = body.channels, body.strides, body.stages
-        self.extents = body.extents
-        self.conv1, self.maxpool = Convolution(body.conv1, body.bn1, relu=True), body.maxpool
+        self.conv1, self.maxpool = FoldedConvolution(body.conv1, body.bn1, relu=True), body.maxpool
         self.layers = nn.ModuleList(nn.ModuleList(Block(block) for block in getattr(body, f"layer{i + 1}"))
                                     for i in range(len(body.stages)))
+
+    def extents(self, size: Size) -> list[Size]:
+        """See ``ResNet.extents``."""
+        first: list[Any] = [blocks[0] for blocks in self.layers]                                # type: ignore[index]
+        strided = [block.convs[block.strided] for block in first]
+        return extents_behind([self.conv1, self.maxpool, *strided], size)[2:]
 
     def forward(self, images: Tensor, sizes: Sequence[Size] | None = None) -> list[Tensor]:
         """See ``ResNet.forward``; maps are of the type of the weights."""
@@ -131,6 +134,6 @@ def for_prediction(model: nn.Module, precision: str = "off") -> nn.Module:
         backbone.body.to(TYPES[precision])
     if precision != "off":
         for name, module in detr.transformer.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(IN_FLOAT32):
+            if isinstance(module, nn.Linear) and not set(name.split(".")) & IN_FLOAT32:
                 module.to(TYPES[precision])                     # what autocast would do anew each time
     return fast

@@ -164,7 +164,8 @@ class Detector(nn.Module):
         ``queries`` of what ``predict`` finds are those that the explanation is asked about.
         """
         picture = as_picture(image, self.channels)
-        return explain(self.model, self.preprocessing(picture), height_width(picture), encoder=encoder)
+        with autocast(next(self.model.parameters()).device, self.amp):
+            return explain(self.model, self.preprocessing(picture), height_width(picture), encoder=encoder)
 
     @torch.no_grad()
     def look(self, images: Sequence[Picture]) -> Answers:

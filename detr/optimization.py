@@ -14,6 +14,7 @@ from .config import TrainConfig
 
 FUSED = {"cpu", "cuda"}                         # devices for which PyTorch has fused optimizers
 
+
 class Sharing(NamedTuple):
     """How the images of an optimizer step come together."""
     batch_size: int             # images of a process at once

@@ -42,7 +42,8 @@ class PositionEmbeddingSine(nn.Module):
     def forward(self, features: NestedTensor) -> Tensor:
         """Feature map with its padding mask ``[B, H, W]`` -> float32 ``[B, 2 * num_pos_feats, H, W]``."""
         if not may_pad(features.mask):
-            return self.of_grid(*features.mask.shape, features.mask.device)
+            batch, height, width = features.mask.shape
+            return self.of_grid(batch, height, width, features.mask.device)
         valid = ~features.mask
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)

@@ -310,7 +310,8 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
                            "least_scale", "random_crop")],
             *[(flag, run.eval, "with --eval")
               for flag in ("aug", "flip", "no_flip_classes", "color_jitter", "scale_jitter", "mosaic",
-                           "repeat_threshold", "show_batch", "class_weights", "freeze", "ignore_regions")],
+                           "repeat_threshold", "show_batch", "class_weights", "freeze", "ignore_regions",
+                           "fast_images")],
             *[(flag, data.scale_jitter is not None, "with --scale_jitter, which takes its place")
               for flag in ("multi_scale", "least_scale", "random_crop")],
             ("no_flip_classes", not data.flip, "with --no_flip"),

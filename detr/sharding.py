@@ -141,7 +141,8 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)`` of whole tensors, which every process has. ValueError where they misfit."""
+    """``optimizer.load_state_dict(state)`` of whole tensors, which every process has; whether it is fused stays as
+    ``optimizer`` has it for its device. ValueError where they misfit."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     shared: dict[int, dict[str, Any]] = {}
@@ -150,7 +151,10 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[s
             shared[number] = {name: _share(value, p, f"{name} of parameter {number}")
                               if isinstance(value, Tensor) and value.dim() else value
                               for name, value in state["state"].get(number, {}).items()}
-    optimizer.load_state_dict({**state, "state": {n: values for n, values in shared.items() if values}})
+    fused = optimizer.defaults.get("fused")
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups,
+                               "state": {n: values for n, values in shared.items() if values}})
 
 
 def whole(model: nn.Module) -> nn.Module:

@@ -181,6 +181,17 @@ def test_nothing_to_checkpoint():
         checkpoint_activations(model)
 
 
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
+    """What glibc is asked for, and that others are left alone."""
+    asked = []
+    libc = type("C", (), {"mallopt": lambda self, option, value: asked.append((option, value)) or 1})()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
+    assert memory.keep_freed_memory() is True
+    assert asked == [(-4, 0), (-1, -1)]                         # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory.keep_freed_memory() is False
+
+
 # Compilation
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Optimizers, schedules and averages against PyTorch's and against their definitions, and how steps are shared out."""
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from detr.config import TrainConfig
 from detr.optimization import (
@@ -15,6 +17,7 @@ from detr.optimization import (
     share_out,
     stays,
 )
+from detr.sharding import load_full_optimizer_state
 
 
 def rates(train: TrainConfig, steps_per_epoch: int, first_epoch: int = 0) -> list[float]:
@@ -129,3 +132,31 @@ def test_learning_rate_rules(rule, factor):
     assert (found.warmup_steps, found.ema_decay) == ((100, 0.99) if rule == "none" else (25, pytest.approx(0.99 ** 4)))
     assert adjusted(train, 16) == (train, 1.0)
     assert adjusted(dataclasses.replace(train, lr_batch=64), 16)[1] == pytest.approx(1 / factor)
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_a_state_from_before_fused_optimizers(sgd):
+    """The next step in fp16 is the fused one's, with the moments of the file."""
+    torch.manual_seed(0)
+    start = torch.randn(5)
+
+    def optimizer_of(fused: bool) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        parameter = nn.Parameter(start.clone())
+        optimizer = make_optimizer([{"params": [parameter], "lr": 0.1}], TrainConfig(sgd=sgd))
+        if not fused:
+            kind = type(optimizer)
+            optimizer = kind([{"params": [parameter], "lr": 0.1}], lr=0.1, weight_decay=TrainConfig.weight_decay,
+                             **({"momentum": 0.9} if sgd else {}))
+        parameter.grad = torch.arange(5.0)
+        optimizer.step()
+        return parameter, optimizer
+
+    old, before = optimizer_of(fused=False)
+    new, optimizer = optimizer_of(fused=True)
+    load_full_optimizer_state(optimizer, copy.deepcopy(before.state_dict()))
+    assert [group["fused"] for group in optimizer.param_groups] == [True]
+    old.grad, new.grad = torch.ones(5), torch.ones(5)
+    before.step()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)           # as a GradScaler does
+    optimizer.step()
+    torch.testing.assert_close(new, old, atol=1e-6, rtol=0)

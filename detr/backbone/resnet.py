@@ -111,7 +111,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 to four times the width, around a shortcut."""
+    """1x1, 3x3 (with the stride), 1x1 to four times the width, around a shortcut. Sums and ReLUs work in place: a hook
+    that keeps the output of a convolution or a normalisation finds it changed, unless it copies it."""
     expansion = 4
 
     def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, norm: Norm) -> None:
@@ -143,6 +144,14 @@ def shortcut(inplanes: int, planes: int, stride: int, norm: Norm) -> Shortcut:
     if stride == 1 and inplanes == planes:
         return Shortcut()
     return Shortcut(Convolution(inplanes, planes, 1, stride, bias=False), norm(planes))
+
+
+def extents_behind(layers: Sequence[Any], size: Extent) -> list[Extent]:
+    """(height, width) of an image of ``size`` behind each of ``layers``, one after the other."""
+    sizes = [size]
+    for layer in layers:
+        sizes += Window.of(layer).sizes(sizes[-1:])
+    return sizes[1:]
 
 
 class Stage(nn.Sequential):
@@ -235,10 +244,7 @@ class ResNet(nn.Module):
     def extents(self, size: Extent) -> list[Extent]:
         """(height, width) of each map of an image of ``size``."""
         layers: list[Any] = [self.conv1, self.maxpool, *map(self.strided, range(len(self.stages)))]
-        sizes = [size]
-        for layer in layers:
-            sizes += Window.of(layer).sizes(sizes[-1:])
-        return sizes[3:]
+        return extents_behind(layers, size)[2:]
 
     def forward(self, images: Tensor, sizes: Sequence[Extent] | None = None) -> list[Tensor]:
         """``images [B, C, H, W]`` -> the map of each stage. Without ``sizes`` the published computation, which takes

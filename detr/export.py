@@ -408,13 +408,7 @@ def export(detector: Detector, output: str | Path, pictures: Sequence[Picture], 
 
     Raises ValueError also for models without an exported form, and ImportError without the packages.
     """
-    if form not in FORMATS or precision not in PRECISIONS:
-        raise ValueError(f"form {form!r}, precision {precision!r}: use one of {', '.join(FORMATS)} and of "
-                         f"{', '.join(PRECISIONS)}")
-    if opset not in OPSETS:
-        raise ValueError(f"--opset {opset}: from {OPSETS[0]} to {OPSETS[-1]} are known to work")
-    if form == "pt2" and precision != "float32":
-        raise ValueError(f"--format pt2 is float32; for {precision} use --format onnx")
+    check(form, precision, opset, output)
     if not pictures:
         raise ValueError("the file is compared with PyTorch on pictures: give at least one")
     if form == "pt2":
@@ -423,6 +417,19 @@ def export(detector: Detector, output: str | Path, pictures: Sequence[Picture], 
         return Report(Path(output), len(content), gaps, precision, None, [])
     model, gaps = accepted(detector, pictures, postprocess, opset)
     return write_onnx(detector, model, gaps, output, pictures, postprocess, precision)
+
+
+def check(form: str, precision: str, opset: int, output: str | Path) -> None:
+    """ValueError for what cannot be asked for, before anything is computed."""
+    if form not in FORMATS or precision not in PRECISIONS:
+        raise ValueError(f"form {form!r}, precision {precision!r}: use one of {', '.join(FORMATS)} and of "
+                         f"{', '.join(PRECISIONS)}")
+    if opset not in OPSETS:
+        raise ValueError(f"--opset {opset}: from {OPSETS[0]} to {OPSETS[-1]} are known to work")
+    if form == "pt2" and precision != "float32":
+        raise ValueError(f"--format pt2 is float32; for {precision} use --format onnx")
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it")
 
 
 def accepted(detector: Detector, pictures: Sequence[Picture], postprocess: bool = True,

@@ -233,7 +233,8 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
             raise ValueError(f"--{flag} has no effect {why}; leave it out")
     if run.engine != "pytorch":
         if not (run.eval and run.resume):
-            raise ValueError(f"--engine {run.engine} evaluates an exported model: add --eval --resume model.onnx")
+            missing = " ".join(["--eval"] * (not run.eval) + ["--resume model.onnx"] * (not run.resume))
+            raise ValueError(f"--engine {run.engine} evaluates an exported model: add {missing}")
         fixed = [change for change in settings.changed if not change.startswith("--aux_loss ")]
         if fixed or run.compile:
             raise ValueError(f"--engine {run.engine}: the model is as it was exported, so that "

@@ -297,4 +297,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -24,11 +25,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as command_line
-from datasets.images import Picture, read_image
+from datasets.images import Picture
 from datasets.synthetic import make_scene
-from detr.export import BOX, FORMATS, OPSETS, SCORE, SURE, export
+from detr import sources
+from detr.export import BOX, FORMATS, OPSETS, SCORE, SURE, check, export
 from detr.loading import load
-from scripts.predict import find_images
 
 DRAWN = 5
 
@@ -61,10 +62,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pictures(sources: Sequence[str] | None, channels: int) -> list[Picture]:
-    if sources is None:
+def pictures(wanted: Sequence[str] | None, channels: int) -> list[Picture]:
+    """The first of ``wanted``, or drawn ones. ValueError for one that cannot be read."""
+    if wanted is None:
         return drawn(channels)
-    return [read_image(path, channels=channels) for path in find_images(sources)[:DRAWN]]
+    found = []
+    for item in islice(sources.pictures(wanted, channels), DRAWN):
+        if item.picture is None:
+            raise ValueError(f"--images: {item.name} cannot be read: {item.problem}; leave it out, or repair it")
+        found.append(item.picture)
+    return found
 
 
 def main(args: argparse.Namespace) -> None:
@@ -75,11 +82,13 @@ def main(args: argparse.Namespace) -> None:
                          f"the format is known when it is read")
     if form != "onnx" and args.opset != 18:
         raise ValueError(f"--opset {args.opset} is about ONNX; leave it out with --format {form}")
-    detector = load(args.resume, model=args.model)
     precision = "float16" if args.half else "int8" if args.int8 else "float32"
+    check(form, precision, args.opset, args.output)
+    detector = load(args.resume, model=args.model)
     shown = pictures(args.images, detector.channels)
     print(f"model: {detector.name}; weights: {args.resume}; {form}, {precision}; compared with PyTorch on {len(shown)} "
-          f"{'drawn ' if args.images is None else ''}images", flush=True)
+          f"{'drawn ' if args.images is None else ''}images. Half a minute for a tiny model, many for a large one ...",
+          flush=True)
     report = export(detector, args.output, shown, form=form, postprocess=not args.no_postprocess, precision=precision,
                     opset=args.opset)
     for shape, gap in report.gaps.items():

@@ -514,8 +514,9 @@ def main(args: argparse.Namespace) -> int:
     if args.fast:
         detector = detector.fast({"float32": "off"}.get(args.fast, args.fast))
     detector.to(device)
-    print(f"model: {detector.name}; {'; '.join(map(described, wanted))}; threshold: {', '.join(map(str, shown))}; "
-          f"device: {device}", flush=True)
+    prepared = f", prepared in {args.fast}" if args.fast else ""
+    print(f"model: {detector.name}{prepared}; {'; '.join(map(described, wanted))}; threshold: "
+          f"{', '.join(map(str, shown))}; device: {device}", flush=True)
     if args.batch_size > 1 and not detector.exact:
         print("images of a batch are padded to one size, which changes this model's boxes a little; --batch_size 1 does "
               "not", flush=True)

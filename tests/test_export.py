@@ -307,3 +307,27 @@ def test_published_models(name, form, tmp_path, real_data):
     with where_pytorch_can():
         report = exporting.export(detector, tmp_path / f"model.{form}", shown, form=form)
     assert report.file.is_file() and len(report.gaps) == 6
+
+
+def test_the_script(tmp_path, capsys):
+    """The pictures it compares on; and what cannot be asked for is refused before the checkpoint is read."""
+    from scripts import export as script
+
+    def run(*words: str) -> None:
+        script.main(script.get_args_parser().parse_args(["--resume", str(tmp_path / "none.pth"), *words]))
+
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "a.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    assert [picture.size for picture in script.pictures([str(tmp_path / "a.png")], 3)] == [(90, 70)]
+    assert len(script.pictures(None, 3)) == script.DRAWN
+    with pytest.raises(ValueError, match="--images: .*broken.jpg cannot be read: .*leave it out"):
+        script.pictures([str(tmp_path)], 3)
+    (tmp_path / "folder.onnx").mkdir()
+    for words, why in ((["--output", str(tmp_path / "folder.onnx")], "is a folder; name a file in it"),
+                       (["--output", "m.pt2", "--half"], "pt2 is float32; for float16 use --format onnx"),
+                       (["--output", "m.onnx", "--opset", "23"], "from 17 to 22 are known to work"),
+                       (["--output", "m.pth"], "should end with .onnx or .pt2")):
+        with pytest.raises(ValueError, match=why):
+            run(*words)
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        run("--output", "m.onnx")

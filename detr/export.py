@@ -226,6 +226,7 @@ def compare(detector: Detector, run: Run, pictures: Sequence[Picture], postproce
 
 
 def worst(gaps: dict[str, Gap]) -> Gap:
+    """The largest difference of boxes and the largest of scores, of any batch."""
     return Gap(max(one.box for one in gaps.values()), max(one.score for one in gaps.values()))
 
 

@@ -201,6 +201,7 @@ class HungarianMatcher(nn.Module):
 
 
 def on_cpu(x: Tensor) -> bool:
+    """Whether costs are worked out in the processor's cache; tests have a GPU's way taken here, too."""
     return x.device.type == "cpu"
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_training import SMALL, STEPS, run, steps
 from test_train_distributed import torchrun
-from test_training import SMALL, STEPS, data, no_pictures, run, steps  # noqa: F401
+from test_training import data, no_pictures  # noqa: F401
 
 import training
 from detr import checkpoint

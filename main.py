@@ -25,8 +25,10 @@ from datasets.sheet import sheet
 from datasets.synthetic import synthetic_data, synthetic_panoptic
 from datasets.transforms import Preprocessing, describe, eval_transforms, make_transforms
 from detr import checkpoint, config, distributed, engines, visualize
+from detr.architectures.dab_detr import DABDETRConfig
 from detr.architectures.deformable_detr import DeformableDETRConfig
 from detr.architectures.detr import DETRConfig
+from detr.architectures.dino import DINOConfig
 from detr.architectures.proposal_detr import ProposalDETRConfig
 from detr.backbone import (
     Backbone,
@@ -38,7 +40,7 @@ from detr.backbone import (
     scratch_norm,
 )
 from detr.backbone.resnet import fold_norms
-from detr.config import DataConfig, RunConfig, TrainConfig
+from detr.config import DataConfig, DenoisingConfig, RunConfig, TrainConfig
 from detr.deformable_attention import MSDeformAttn, choose_path
 from detr.distributed import say
 from detr.finetune import adapt, counts, detector, freeze, layout, query_usage, table
@@ -67,11 +69,15 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
     ("masks", DETRConfig, ("masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "panoptic_threshold")),
     ("matching", DETRConfig, ("set_cost_class", "set_cost_bbox", "set_cost_giou")),
     ("losses", DETRConfig, ("aux_loss", "bbox_loss_coef", "giou_loss_coef", "eos_coef")),
-    ("Deformable DETR and models with proposals", DeformableDETRConfig,
-     ("with_box_refine", "two_stage", "query_content", "num_feature_levels", "enc_n_points", "dec_n_points",
-      "position_embedding_scale", "cls_loss_coef", "focal_alpha", "lr_backbone_names", "lr_linear_proj_names",
-      "lr_linear_proj_mult")),
+    ("losses of all models but DETR", DeformableDETRConfig, ("cls_loss_coef", "focal_alpha")),
+    ("multi-scale models", DeformableDETRConfig, ("num_feature_levels", "enc_n_points", "dec_n_points")),
+    ("Deformable DETR", DeformableDETRConfig,
+     ("with_box_refine", "two_stage", "query_content", "position_embedding_scale", "lr_backbone_names",
+      "lr_linear_proj_names", "lr_linear_proj_mult")),
     ("models with proposals", ProposalDETRConfig, ("box_prior",)),
+    ("DAB-DETR and DINO", DABDETRConfig, ("num_patterns", "pe_temperature", "num_select")),
+    ("denoising", DenoisingConfig, ("denoising", "dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")),
+    ("DINO", DINOConfig, ("interm_loss_coef",)),
 ]
 
 # What a training leaves in its folder.

@@ -7,8 +7,9 @@ from .dropout import dropout
 from .nested_tensor import may_pad
 
 
-class MultiheadAttention(nn.Module):
-    """Attention with the parameter names and the initialisation of ``torch.nn.MultiheadAttention``.
+class ProjectedAttention(nn.Module):
+    """Attention between queries, keys and values that somebody else has projected; only the projection of what comes out
+    is its own.
 
     Two paths, one result: the output always comes from PyTorch's fused attention. The weights, which that path never
     forms, are computed beside it only when a caller asks (``need_weights=True``) or a forward hook is registered on
@@ -21,25 +22,25 @@ class MultiheadAttention(nn.Module):
             raise ValueError(f"hidden_dim {embed_dim} does not divide into nheads {num_heads}; "
                              f"choose --nheads among the divisors of --hidden_dim")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
+
+    def project(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, or the first of them, as they are compared and summed."""
+        return inputs
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 attn_mask: Tensor | None = None, need_weights: bool = False,
                 prior: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``query [B, Q, D]``, ``key`` and ``value [B, S, D]``; ``key_padding_mask`` bool ``[B, S]``, True on padding;
-        ``attn_mask`` bool ``[Q, S]``, True where a query may not look; ``prior [B, Q, S]``, added to the scores of all
-        heads before the softmax. Returns the output ``[B, Q, D]`` and the weights ``[B, Q, S]``, averaged over heads and
-        before dropout, or None where nobody asked for them.
+        """``query [B, Q, E]`` and ``key [B, S, E]``, head after head, and ``value [B, S, D]``; ``key_padding_mask`` bool
+        ``[B, S]``, True on padding; ``attn_mask`` bool ``[Q, S]``, True where a query may not look; ``prior [B, Q, S]``,
+        added to the scores of all heads before the softmax. Returns the output ``[B, Q, D]`` and the weights
+        ``[B, Q, S]``, averaged over heads and before dropout, or None where nobody asked for them.
 
         A query that may look nowhere (a row that is all padding) gets zeros, not NaN.
         """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)       # [B, M, Q or S, D/M]
-                   for x, w, b in zip((query, key, value), weights, biases))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                       # [B, M, Q or S, D/M]
+                   for x in self.project(query, key, value))
         allowed = None
         if key_padding_mask is not None and may_pad(key_padding_mask):
             allowed = ~key_padding_mask[:, None, None, :]
@@ -54,13 +55,17 @@ class MultiheadAttention(nn.Module):
         if q.device.type != "cpu" or q.dtype == torch.float64:
             mask = _of_type(_one_mask(allowed, added), q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16. It knows no dropout.
+        # PyTorch's fused attention on CPUs is up to five times as fast in float32 as in bfloat16. It knows no dropout,
+        # and is slow where values are narrower than keys.
+        width = v.shape[-1]
+        if q.shape[-1] > width and not p:
+            v = F.pad(v, (0, q.shape[-1] - width))
         with torch.autocast("cpu", enabled=False):
             if p:
                 out = dropout(_weights_of_heads(q.float(), k.float(), allowed, added), p, True) @ v.float()
             else:
                 out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=_one_mask(allowed, added))
-        return out.to(q.dtype)
+        return out[..., :width].to(q.dtype)
 
 
 def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tensor | None) -> Tensor:
@@ -76,6 +81,21 @@ def _weights_of_heads(q: Tensor, k: Tensor, allowed: Tensor | None, added: Tenso
     if allowed is None:
         return scores.softmax(-1)
     return scores.masked_fill(~allowed, float("-inf")).softmax(-1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
+class MultiheadAttention(ProjectedAttention):
+    """Attention with the parameter names and the initialisation of ``torch.nn.MultiheadAttention``: query, key and value,
+    ``[B, Q or S, D]``, are projected here."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__(embed_dim, num_heads, dropout)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def project(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return tuple(F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases))
 
 
 def _one_mask(allowed: Tensor | None, added: Tensor | None) -> Tensor | None:

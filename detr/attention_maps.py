@@ -23,26 +23,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architectures.proposal_detr import ProposalDETR
-from .attention import MultiheadAttention
+from .attention import ProjectedAttention
 from .boxes import box_cxcywh_to_xyxy
-from .decoder import DeformableTransformerDecoderLayer, TransformerDecoderLayer
+from .decoder import ConditionalDecoderLayer, DeformableTransformerDecoderLayer, TransformerDecoderLayer
 from .deformable_attention import MSDeformAttn
 from .mask_head import DETRsegm
 from .nested_tensor import NestedTensor, as_nested_tensor
 from .structures import FeatureLevels, Outputs
 
 Size = tuple[int, int]                  # height, width
+DENSE = (TransformerDecoderLayer, ConditionalDecoderLayer)
 
 
 @dataclass(frozen=True)
 class DenseAttention:
     """One layer's attention of Q queries, or as many tokens, to the cells of one map, on the CPU."""
-    query: Tensor           # [M, Q, D / M] projected
-    key: Tensor             # [M, S, D / M] projected
+    query: Tensor           # [M, Q, E / M] projected
+    key: Tensor             # [M, S, E / M] projected
     mask: Tensor            # [S] bool, True on padding
     prior: Tensor | None    # [Q, S] added to the scores, where boxes tell queries where to look
     grid: Size              # of the map with its padding: S cells, row by row
@@ -170,7 +170,7 @@ def explain(model: nn.Module, image: Tensor | NestedTensor | Sequence[Tensor], s
     """
     detr: Any = model.detr if isinstance(model, DETRsegm) else model
     layers = getattr(getattr(getattr(detr, "transformer", None), "decoder", None), "layers", [None])
-    if not isinstance(layers[0], (TransformerDecoderLayer, DeformableTransformerDecoderLayer)):
+    if not isinstance(layers[0], (*DENSE, DeformableTransformerDecoderLayer)):
         raise TypeError(f"explain: the attention of a {type(model).__name__} is not known; give a model as build_model "
                         f"makes it, with decoder layers of detr/decoder.py (of a Detector its .model, of a model "
                         f"wrapped for several processes its .module)")
@@ -188,10 +188,12 @@ def explain(model: nn.Module, image: Tensor | NestedTensor | Sequence[Tensor], s
         del outputs["aux_outputs"]
     boxes = full(torch.stack([layer["pred_boxes"][index] for layer in of_layers]))
     size = size or fed
-    if isinstance(layers[0], TransformerDecoderLayer):
+    if isinstance(layers[0], DENSE):
         of_encoder, of_decoder = ([dense_attention(*one, index, seen.grid) for one in stack]
                                   for stack in (seen.encoder, seen.decoder))
         references = [] if seen.start is None else [full(seen.start[index]), *boxes[:-1]]
+        if seen.references is not None:
+            references = [*full(seen.references[..., index, :, :]).expand(len(layers), -1, -1)]
         return Explanation(outputs, size, [of_decoder[0].shape], [seen.grid], of_encoder, of_decoder, boxes, references)
     encoder_points, decoder_points = ([deformable_attention(call, index, size) for _, call in stack]
                                       for stack in (seen.encoder, seen.decoder))
@@ -207,6 +209,7 @@ class Seen:
     decoder: list[tuple[Any, dict[str, Any]]]
     grid: Size = (0, 0)                         # of the map that dense attention looks at
     start: Tensor | None = None                 # [B, Q, 4] the boxes that queries of ProposalDETR start from
+    references: Tensor | None = None            # [B, Q, 2] what all layers of Conditional DETR look from; or [K, B, Q, 4]
 
 
 @contextmanager
@@ -224,6 +227,9 @@ def watching(detr: Any, encoder: bool) -> Iterator[Seen]:
     def started(module: nn.Module, args: Any) -> None:
         seen.start = args[1]
 
+    def looked(module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> None:
+        seen.references = out[1]
+
     try:
         for attention, call in (*seen.encoder, *seen.decoder):
             hooks += watch_points(attention, call) if isinstance(attention, MSDeformAttn) else \
@@ -232,6 +238,8 @@ def watching(detr: Any, encoder: bool) -> Iterator[Seen]:
             hooks.append(detr.input_proj.register_forward_hook(projected))
         if isinstance(detr, ProposalDETR):
             hooks.append(transformer.decoder.register_forward_pre_hook(started))
+        if isinstance(transformer.decoder.layers[0], ConditionalDecoderLayer):
+            hooks.append(transformer.decoder.register_forward_hook(looked))
         detr.aux_loss = True
         yield seen
     finally:
@@ -240,7 +248,7 @@ def watching(detr: Any, encoder: bool) -> Iterator[Seen]:
             hook.remove()
 
 
-def watch_weights(attention: MultiheadAttention, call: dict[str, Any]) -> list[Any]:
+def watch_weights(attention: ProjectedAttention, call: dict[str, Any]) -> list[Any]:
     """Keep what dense attention is called with. A hook that ran after it would make it compute weights."""
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         call.update(query=args[0], key=args[1], mask=kwargs["key_padding_mask"], prior=kwargs.get("prior"))
@@ -263,11 +271,10 @@ def watch_points(attention: MSDeformAttn, call: dict[str, Any]) -> list[Any]:
             attention.attention_weights.register_forward_hook(logits)]
 
 
-def dense_attention(attention: MultiheadAttention, call: dict[str, Any], index: int, grid: Size) -> DenseAttention:
+def dense_attention(attention: ProjectedAttention, call: dict[str, Any], index: int, grid: Size) -> DenseAttention:
     """What one image's queries and tokens were compared as."""
-    query, key = (full(F.linear(x[index], weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1))
-                  for x, weight, bias in zip((call["query"], call["key"]), attention.in_proj_weight.chunk(3),
-                                             attention.in_proj_bias.chunk(3)))
+    query, key = (full(x.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1))
+                  for x in attention.project(call["query"][index], call["key"][index]))
     mask = call["mask"][index].cpu()
     prior = None if call["prior"] is None else full(call["prior"][index])
     return DenseAttention(query, key, mask, prior, grid, extent(mask.unflatten(0, grid), f"the map of image {index}"))

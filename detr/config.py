@@ -88,6 +88,20 @@ class MaskConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DenoisingConfig:
+    """What configurations of architectures that can learn by denoising have besides; a base beside another."""
+    denoising: bool = flag(False, "in training, let further queries find objects again of which they are told the class "
+                           "and the box with noise")
+    dn_number: int = flag(100, "denoising queries of an image: groups of one for each object, as many as fit, at least "
+                          "one; below 50 it is half of the number of groups", least=1)
+    dn_box_noise_scale: float = flag(0.4, "noise of their boxes: how far a side may move, as a part of half the box; "
+                                     "0.4 is that of DINO's published configurations, its training scripts give 1.0",
+                                     least=0)
+    dn_label_noise_ratio: float = flag(0.5, "noise of their classes: half of this is the share that are drawn anew",
+                                       least=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained."""
     lr: float = flag(1e-4, "learning rate of everything but the backbone", least=0)

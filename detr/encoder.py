@@ -17,13 +17,13 @@ class TransformerEncoderLayer(nn.Module):
     """Self-attention, then feed-forward; positions are added to queries and keys."""
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
-                 normalize_before: bool = False) -> None:
+                 normalize_before: bool = False, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout, self.activation = Dropout(dropout), activation()
         self.residual = pre_norm if normalize_before else post_norm
 
     def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class TransformerEncoderLayer(nn.Module):
         return self.residual(tokens, self.feed_forward, self.norm2)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.linear1, self.linear2, self.dropout)
+        return feed_forward(x, self.linear1, self.linear2, self.dropout, self.activation)
 
 
 class TransformerEncoder(nn.Module):

@@ -44,7 +44,7 @@ SURE = 0.5                                  # least score of the detections by w
 LICENSE = "unknown: that of the weights, which the checkpoint does not say"
 # What is left in float32 where the rest is not: where to look, boxes and scores.
 EXACT_PARTS = ("sampling_offsets", "attention_weights", "reference_points", "bbox_embed", "class_embed", "heads",
-               "position", "pos_trans")
+               "position", "pos_trans", "ref_point_head", "ref_anchor_head")
 POINT_BY_POINT = {"Relu", "MaxPool", "Add", "Mul"}
 WITH_WEIGHTS = {"Conv", "MatMul", "Gemm"}
 

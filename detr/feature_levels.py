@@ -12,6 +12,13 @@ from .padding import exact_conv, normalised, valid_mask, where
 from .structures import FeatureLevels
 
 GROUPS = 32                     # of the normalisation that closes each projection
+FINEST_STRIDE = 8               # of the backbone's maps that become levels: C3 to C5 of a ResNet
+
+
+def coarse_maps(strides: Sequence[int], num_levels: int, finest: int = FINEST_STRIDE) -> list[int]:
+    """The backbone's maps that become levels where ``--feature_strides`` does not say: the coarsest ones, and none finer
+    than ``finest``."""
+    return [i for i, stride in enumerate(strides) if stride >= finest or i + 1 == len(strides)][-num_levels:]
 
 
 def build_input_proj(channels: Sequence[int], num_levels: int, d_model: int) -> nn.ModuleList:

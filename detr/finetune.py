@@ -24,6 +24,7 @@ Build = Callable[[int, int], nn.Module]
 
 NOISE = 0.1                     # of queries that are copies of others, as a part of the queries' standard deviation
 DETECTOR = "detr."              # before all names of the detector inside a mask model
+MORE_ROWS = {"label_enc": '"unknown"'}      # what the rows after those of classes are, if not "no object"
 
 
 # What belongs to classes and to queries.
@@ -188,8 +189,9 @@ def adapt(shape: Layout, model: nn.Module, state_dict: Mapping[str, Any], old: S
     ``model`` itself is not changed: ``checkpoint.load_model(model, adapted.state_dict, source)`` does that.
 
     - Classes of the same name (``match_classes``) keep their rows, in all tensors that have rows for classes; others
-      begin as ``model`` has them. "No object" stays. A label that neither table uses keeps its row, too, so that the same
-      classes give the same weights.
+      begin as ``model`` has them. "No object" stays, and so does "unknown", the last row of the table that denoising
+      queries begin with. A label that neither table uses keeps its row, too, so that the same classes give the same
+      weights.
     - Row 0 of a ``class_agnostic_head`` stays row 0. Where decoder layers share that head, it is what the class of label
       0 begins with, whatever its name: good proposals matter to all classes.
     - More queries: the old ones, then copies of them in turn, with noise of a tenth of their standard deviation, drawn
@@ -225,13 +227,14 @@ def adapt(shape: Layout, model: nn.Module, state_dict: Mapping[str, Any], old: S
             action, why = "resized", queries
         if name in shape.classes:
             axis, any_object = shape.classes[name], name in shape.agnostic
+            stays = MORE_ROWS.get(name.removesuffix(".weight").removeprefix(DETECTOR), '"no object"')
             taken = kept | {after.classes + i: before.classes + i for i in range(axis.extra)}
             if any_object:
                 taken[0] = 0
             if before.classes != after.classes or any(taken.get(i) != i for i in range(begun.shape[axis.dim])):
                 value = resize_classes(value.to(begun), begun, axis.dim, taken)
                 action, why = "resized", classes + (", row 0 stays any object" if any_object else
-                                                    ', "no object" stays' if axis.extra else "")
+                                                    f", {stays} stays" if axis.extra else "")
         for name in names:                                      # a file may have a shared tensor once
             adapted[name] = value
             rows[name] = Row(name, action, why or (f"one with {there[0]}" if name not in there else ""))
@@ -305,6 +308,8 @@ def rows_of_queries(before: int | None, after: int | None, usage: Tensor | None)
         return torch.arange(after) % before, f"{before} -> {after} queries: the old ones, then copies with noise"
     if usage is None:
         return torch.arange(after), f"{before} -> {after} queries: the first, as nobody knows their usage"
+    if usage.numel() and usage.numel() % before == 0:                   # with patterns, several queries share an anchor
+        usage = usage.view(-1, before).sum(0)
     if usage.shape != (before,):
         raise ValueError(f"usage is {list(usage.shape)}, and the checkpoint has {before} queries: one number for each is "
                          f"needed")
@@ -412,9 +417,9 @@ PARTS = ("backbone", "encoder", "decoder", "input_proj", "queries", "class_heads
 WORDS = {
     "encoder": r"transformer\.encoder\.",
     "decoder": r"transformer\.decoder\.(?!class_embed|bbox_embed|heads).",
-    "queries": r"query_embed\.",
-    "class_heads": r"(.+\.)?class_embed\.",
-    "box_heads": r"(.+\.)?bbox_embed\.",
+    "queries": r"(query_embed|refpoint_embed|patterns_embed|(transformer\.)?tgt_embed|transformer\.patterns)\.",
+    "class_heads": r"(.+\.)?(enc_out_)?class_embed\.",
+    "box_heads": r"(.+\.)?(enc_out_)?bbox_embed\.",
 }
 
 

@@ -203,6 +203,16 @@ def box_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
             "loss_giou": (1 - giou).sum() / divisors.boxes}
 
 
+@torch.no_grad()
+def box_parts(outputs: Outputs, targets: Sequence[Target], match: Match,
+              divisors: Divisors) -> dict[str, Tensor]:
+    """``loss_xy`` and ``loss_hw``: what of ``loss_bbox`` comes from centres and from sides. For reading, without
+    gradient."""
+    boxes, true = outputs["pred_boxes"], matched_targets("boxes", targets, match)
+    distance = (boxes[matched_queries(match, boxes.device)] - true).abs().sum(0)                # [4]
+    return {"loss_xy": distance[:2].sum() / divisors.boxes, "loss_hw": distance[2:].sum() / divisors.boxes}
+
+
 def mask_loss(outputs: Outputs, targets: Sequence[Target], match: Match,
               divisors: Divisors) -> dict[str, Tensor]:
     """``loss_mask``: focal loss, mean over the pixels of the padded batch, and ``loss_dice``: dice loss (Milletari et

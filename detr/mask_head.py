@@ -61,7 +61,9 @@ class DETRsegm(nn.Module):
         (``outputs["match"]``), and ``pred_masks [sum N, H / 4, W / 4]`` are those of the matched queries alone, image
         after image: the same losses and gradients, for a fraction of time and memory.
         """
-        outputs, (features, src, hs, memory, prior) = self.detr.detect(samples)
+        # A fixed detector does not learn, so that nothing is denoised.
+        known = (targets,) if getattr(self.detr, "takes_targets", False) and not self.frozen else ()
+        outputs, (features, src, hs, memory, prior) = self.detr.detect(samples, *known)
         mask, finer = features[-1].mask, [f.tensors for f in features[-2::-1]]
         sizes = None if features[-1].sizes is None else [f.sizes for f in features[::-1]]
         if sizes is not None:

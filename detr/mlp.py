@@ -21,7 +21,13 @@ class MLP(nn.Module):
         return last(x)
 
 
-def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Dropout) -> Tensor:
-    """Two linear layers with ReLU between them, dropout after each; a function, since published files know the two by
-    the layer they belong to."""
-    return dropout(linear2(relu_dropout(linear1(x), dropout.p, dropout.training)))
+def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Dropout,
+                 activation: nn.Module | None = None) -> Tensor:
+    """Two linear layers with ReLU, or another ``activation``, between them, dropout after each; a function, since
+    published files know the two by the layer they belong to."""
+    hidden = linear1(x)
+    if activation is None or isinstance(activation, nn.ReLU):
+        hidden = relu_dropout(hidden, dropout.p, dropout.training)
+    else:
+        hidden = dropout(activation(hidden))
+    return dropout(linear2(hidden))

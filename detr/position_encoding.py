@@ -16,7 +16,7 @@ def sine_encoding(position: Tensor, num_feats: int, temperature: float = 10000.0
 
 
 def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:
-    """Sine encoding of boxes (Liu et al., 2022, DAB-DETR, section 3.3): cxcywh in 0..1 ``[..., 4]`` -> ``[...,
+    """Sine encoding of boxes (Liu et al., 2022, DAB-DETR, section 4.2): cxcywh in 0..1 ``[..., 4]`` -> ``[...,
     4 * num_feats]``, in the order y, x, width, height; y and x as ``PositionEmbeddingSine`` encodes normalised ones.
     Points ``[..., 2]`` (x, y) likewise -> ``[..., 2 * num_feats]``."""
     x, y, *sides = (boxes * 2 * math.pi).unbind(-1)
@@ -92,13 +92,15 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(b, -1, -1, -1)
 
 
-def build_position_encoding(name: str, hidden_dim: int, scale: float | None = None, offset: float = 0.0) -> nn.Module:
-    """``sine`` (normalised, with ``scale`` and ``offset``) or ``learned``, for tokens of ``hidden_dim`` channels."""
+def build_position_encoding(name: str, hidden_dim: int, scale: float | None = None, offset: float = 0.0,
+                            temperature: float = 10000.0) -> nn.Module:
+    """``sine`` (normalised, with ``scale``, ``offset`` and ``temperature``) or ``learned``, for tokens of ``hidden_dim``
+    channels."""
     if hidden_dim % 4:
         raise ValueError(f"--hidden_dim {hidden_dim}: positions share it between x and y, sine and cosine, so it must "
                          f"divide by 4")
     if name == "sine":
-        return PositionEmbeddingSine(hidden_dim // 2, normalize=True, scale=scale, offset=offset)
+        return PositionEmbeddingSine(hidden_dim // 2, temperature, normalize=True, scale=scale, offset=offset)
     if name == "learned":
         return PositionEmbeddingLearned(hidden_dim // 2)
     raise ValueError(f"position_embedding {name!r} is not known; use 'sine' or 'learned'")

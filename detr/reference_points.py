@@ -35,10 +35,19 @@ def token_values(levels: FeatureLevels, values: Tensor) -> Tensor:
                       for i, (h, w) in enumerate(levels.shapes)], dim=-2)
 
 
-def refine(reference: Tensor, delta: Tensor) -> Tensor:
+def map_centres(mask: Tensor) -> Tensor:
+    """``mask [B, H, W]``, True on padding -> the centres of its cells ``[B, H * W, 2]`` (x, y) as fractions of the valid
+    part."""
+    valid = (~mask).float()
+    y, x = ((valid.cumsum(d) - 0.5) / valid.sum(d, keepdim=True).clamp(min=1) for d in (1, 2))
+    return torch.stack([x, y], dim=-1).flatten(1, 2)
+
+
+def refine(reference: Tensor, delta: Tensor, eps: float = 1e-5) -> Tensor:
     """Boxes ``[..., 4]`` in 0..1 that differ from ``reference`` by ``delta``, before the sigmoid (section A.4, iterative
-    bounding box refinement); where the reference is a point ``[..., 2]``, the size is all ``delta``'s (section A.3)."""
-    known = inverse_sigmoid(reference)
+    bounding box refinement); where the reference is a point ``[..., 2]``, the size is all ``delta``'s (section A.3).
+    References are taken for ``eps`` to ``1 - eps``."""
+    known = inverse_sigmoid(reference, eps)
     if reference.shape[-1] == 2:
         known = torch.cat([known, torch.zeros_like(known)], dim=-1)
     return (known + delta).sigmoid()

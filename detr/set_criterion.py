@@ -11,6 +11,7 @@ from .structures import Divisors, Match, NonFiniteError, Outputs, Target, in_flo
 
 Loss = Callable[[Outputs, Sequence[Target], Match, Divisors], dict[str, Tensor]]
 Row = tuple[str, Outputs, Sequence[Target]]     # a set of predictions that is trained, after the suffix of its losses
+MASK_LOSSES = ("loss_mask", "loss_dice")
 
 
 class SetCriterion(nn.Module):
@@ -22,6 +23,9 @@ class SetCriterion(nn.Module):
 
     Targets may have ``ignore [M, 4]`` (cxcywh in 0..1), regions in which not all objects are marked: queries that find
     something there are not told that they see no object, in no layer and in no proposal.
+
+    Denoising queries (``denoising.py``) know their objects, each as often as there are groups, and so much more their
+    losses are divided by. Where a batch has none, the losses of those that ``weight_dict`` weighs are 0, as published.
 
     ``normalizer`` says what the losses of training are divided by. ``"process"``, as published: box losses by the objects
     of a batch, as a mean over processes; the softmax class loss by the weights of the process's own batch. So the
@@ -38,8 +42,9 @@ class SetCriterion(nn.Module):
 
     def forward(self, outputs: Outputs, targets: Sequence[Target], divisors: Divisors | None = None) -> dict[str, Tensor]:
         """Losses by name: ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_mask``, ``loss_dice``, ``class_error``,
-        ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, …, those of proposals in ``_enc``.
-        All in float32, whatever the model ran in. ``divisors`` are those of this batch; without them it is a step of its
+        ``cardinality_error``; those of earlier decoder layers end in ``_0``, ``_1``, …, those of proposals in ``_enc``,
+        or in ``_interm`` where only the chosen ones are trained, those of denoising queries in ``_dn``, ``_dn_0``, …. All
+        in float32, whatever the model ran in. ``divisors`` are those of this batch; without them it is a step of its
         own."""
         if divisors is None:
             divisors = self.divisors([targets], outputs["pred_logits"].device)[0]
@@ -47,9 +52,19 @@ class SetCriterion(nn.Module):
                 for suffix, predictions, objects in self.supervised(outputs, targets)]
         values: dict[str, Tensor] = {}
         for (suffix, predictions, objects), match in zip(rows, self.matches(rows)):
+            shared = divisors.of_copies(predictions.get("copies", 1))
             for loss in self.losses:
-                values |= {name + suffix: value for name, value in loss(predictions, objects, match, divisors).items()}
+                values |= {name + suffix: value for name, value in loss(predictions, objects, match, shared).items()}
+            if not suffix:
+                values |= self.nothing_denoised(values)
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
+
+    def nothing_denoised(self, last: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of denoising queries where there are none, by the names of the ``last`` layer's: 0, so that all
+        processes have the same, whatever their batches."""
+        suffixes = [name.removeprefix("loss_ce") for name in self.weight_dict if name.startswith("loss_ce_dn")]
+        return {name + suffix: torch.zeros_like(value) for suffix in suffixes for name, value in last.items()
+                if name not in MASK_LOSSES}
 
     def matches(self, rows: Sequence[Row]) -> list[Match]:
         """The match of each row: its own, or the matcher's. Rows of one shape, such as those of all decoder layers, are
@@ -102,6 +117,12 @@ class SetCriterion(nn.Module):
             yield f"_{i}", auxiliary, targets
         if "enc_outputs" in outputs:
             yield "_enc", outputs["enc_outputs"], class_agnostic(targets) if self.class_agnostic_proposals else targets
+        if "interm_outputs" in outputs:
+            yield "_interm", outputs["interm_outputs"], targets
+        if "dn_outputs" in outputs:
+            yield "_dn", outputs["dn_outputs"], targets
+            for i, auxiliary in enumerate(outputs["dn_outputs"].get("aux_outputs", ())):
+                yield f"_dn_{i}", auxiliary, targets
 
     def divisors(self, batches: Sequence[Sequence[Target]], device: torch.device) -> list[Divisors]:
         """What the losses of each batch of an optimizer step are divided by (``normalizer``), from the targets of all its
@@ -138,8 +159,12 @@ def class_agnostic(targets: Sequence[Target]) -> list[Target]:
     return [{**target, "labels": torch.zeros_like(target["labels"]), "classes": target["labels"]} for target in targets]
 
 
-def every_row(weights: dict[str, float], dec_layers: int, aux_loss: bool, proposals: bool = False) -> dict[str, float]:
+def every_row(weights: dict[str, float], dec_layers: int, aux_loss: bool, proposals: bool = False,
+              denoising: bool = False) -> dict[str, float]:
     """The weights of one layer's losses, for all that ``SetCriterion`` supervises: with ``aux_loss`` the earlier decoder
-    layers too, and with ``proposals`` those of a two-stage model."""
-    suffixes = [""] + [f"_{i}" for i in range(dec_layers - 1)] * aux_loss + ["_enc"] * proposals
-    return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
+    layers too, with ``proposals`` those of a two-stage model, and with ``denoising`` each layer's denoising queries,
+    which predict no masks."""
+    layers = [""] + [f"_{i}" for i in range(dec_layers - 1)] * aux_loss
+    rows = {name + suffix: weight for suffix in layers + ["_enc"] * proposals for name, weight in weights.items()}
+    return rows | {f"{name}_dn{suffix}": weight for suffix in layers * denoising for name, weight in weights.items()
+                   if name not in MASK_LOSSES}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from . import checkpoint, config, engines
-from .architectures.deformable_detr import DeformableDETRConfig
 from .backbone import fitting_norm, has_statistics, scratch_norm
 from .backbone.resnet import SIZES as RESNETS
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -298,7 +297,7 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
     train, data, run = settings.train, settings.data, settings.run
     masks, panoptic = getattr(settings.model, "masks", False), data.dataset_file == "coco_panoptic"
     exact = "x" in data.image_size
-    without_encoder = isinstance(settings.model, DeformableDETRConfig) and not settings.model.enc_layers
+    without_encoder = hasattr(settings.model, "num_feature_levels") and not settings.model.enc_layers
     return [("max_size", exact, "where --image_size is exact"), ("multi_scale", exact, "where --image_size is exact"),
             *[(flag, train.lr_schedule != "step", f"with --lr_schedule {train.lr_schedule} (step has drops)")
               for flag in ("lr_drop", "lr_drop_epochs")],
@@ -331,6 +330,8 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
               for flag in ("position_embedding", "position_embedding_scale")],
+            *[(flag, not getattr(settings.model, "denoising", False), "without --denoising")
+              for flag in ("dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")],
             ("lr_batch", train.lr_rule == "none", "with --lr_rule none"),
             ("skip_at_most", train.non_finite == "stop", "with --non_finite stop"),
             ("amp", run.eval and train.amp != "off", "with --eval, which computes in float32"),

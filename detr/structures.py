@@ -41,16 +41,26 @@ class Divisors(NamedTuple):
     objects: Tensor | None = None   # []
     weight: Tensor | None = None    # [] the class weights of the objects, summed
 
+    def of_copies(self, copies: int) -> Divisors:
+        """The same where every object is to be found so many times."""
+        if copies == 1:
+            return self
+        return Divisors(self.boxes * copies, self.images, None if self.objects is None else self.objects * copies,
+                        None if self.weight is None else self.weight * copies)
+
 
 class Outputs(TypedDict, total=False):
     """What a detector returns."""
     pred_logits: Tensor             # [B, Q, C] (sigmoid) or [B, Q, C + 1] (softmax; "no object" last)
     pred_boxes: Tensor              # [B, Q, 4] cxcywh as fractions of the image
     pred_masks: Tensor              # [B, Q, H, W] logits, mask models; or [sum N, H, W], of the matched queries of
-    match: Match                    # what the model matched itself, in training
+    match: Match                    # what the model matched itself, or knows, in training
+    copies: int                     # queries of each object in it, where that is not one
     mask_sizes: list[tuple[int, int]]   # (height, width) of each image in them, where padding is exact
     aux_outputs: list[Outputs]      # the same of the earlier decoder layers
     enc_outputs: Outputs            # the proposals of two-stage models, one a token
+    interm_outputs: Outputs         # those that became queries, where only these are trained
+    dn_outputs: Outputs             # of denoising queries, in training, with their ``match`` and ``copies``
     invalid_queries: Tensor         # [B, Q] bool, two-stage models: True where a query had no proposal to start from
 
 
@@ -61,6 +71,8 @@ def in_float32(outputs: Outputs) -> Outputs:
         full["pred_masks"] = outputs["pred_masks"].float()
     if "match" in outputs:
         full["match"] = outputs["match"]
+    if "copies" in outputs:
+        full["copies"] = outputs["copies"]
     return full
 
 

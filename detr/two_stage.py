@@ -3,6 +3,7 @@ best proposals become the queries."""
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,14 @@ def best(scores: Tensor, mask: Tensor, num_queries: int, exact: bool = False) ->
     """
     last = mask if exact else mask & ((~mask).sum(1, keepdim=True) < num_queries)
     return scores.masked_fill(last, -math.inf).topk(num_queries, dim=1).indices
+
+
+def warn_of_few(tokens: int, num_queries: int, size: torch.Size) -> None:
+    """Where images of ``size`` have fewer tokens than queries are to begin at."""
+    if not torch.compiler.is_compiling() and tokens < num_queries:
+        warnings.warn(f"images of {size[-2]}x{size[-1]} have {tokens} tokens for {num_queries} queries; the others start "
+                      f"from nothing and are told by outputs['invalid_queries']. Feed larger images or lower "
+                      f"--num_queries", stacklevel=3)
 
 
 def encode_proposals(logits: Tensor, num_feats: int) -> Tensor:

@@ -81,7 +81,8 @@ def transformers_peer(ours: nn.Module, config: ModelConfig, num_classes: int, dr
 
     kind = type(config)
     if kind not in (DETRConfig, DeformableDETRConfig):
-        raise ValueError(f"transformers has no {kind.__name__.removesuffix('Config')}")
+        raise ValueError(f"no peer of {kind.__name__.removesuffix('Config')} is known here, only those of DETR and "
+                         f"Deformable DETR")
     if config.backbone not in ("resnet18", "resnet34", "resnet50", "resnet101") or config.backbone_norm != "frozen":
         raise ValueError(f"transformers' {kind.__name__.removesuffix('Config')} with the backbone {config.backbone}, "
                          f"--backbone_norm {config.backbone_norm}, has other weights")

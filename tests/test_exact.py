@@ -1,13 +1,14 @@
 """Exact padding: what a model says of an image does not depend on the batch the image is in."""
 import math
 import random
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from small_models import build_small, images
 from torch import Tensor, nn
 
-import detr.architectures.deformable_detr as deformable_detr
 from detr import list_models
 from detr.backbone import Backbone, build_body
 from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -20,7 +21,10 @@ TOLERANCE = 1e-4
 MODELS: dict[str, dict] = {
     **{name: {} for name in ("detr_resnet50", "detr_resnet50_dc5", "detr_resnet50_panoptic", "tiny_detr",
                              "tiny_deformable_detr")},
-    **{name: {} for name in list_models() if name.startswith("deformable_detr_resnet50")},
+    **{name: {} for name in list_models()
+       if name.startswith(("deformable_detr_resnet50", "conditional", "dab", "tiny_conditional", "tiny_dab",
+                           "tiny_dino"))},
+    **{f"dino_resnet50_{levels}scale": {} for levels in (4, 5)},
     "detr_pvt_tiny": {"backbone": "pvt_tiny"},
     "detr_pvt_v2_b0": {"backbone": "pvt_v2_b0"},
     "detr_pvt_v2_b2_li": {"backbone": "pvt_v2_b2_li"},
@@ -57,10 +61,10 @@ class Chosen:
     batch, where rounding may turn two that are as good as equal. That they are equal is checked. Tokens that are no
     padding come in the same order alone and in a batch."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, architecture: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ranks: list[Tensor] = []
-        self.monkeypatch = monkeypatch
-        monkeypatch.setattr(deformable_detr, "best", self.alone)
+        self.architecture, self.monkeypatch = architecture, monkeypatch
+        monkeypatch.setattr(architecture, "best", self.alone)
 
     def alone(self, scores: Tensor, mask: Tensor, num_queries: int, exact: bool) -> Tensor:
         assert exact and len(scores) == 1
@@ -82,12 +86,13 @@ class Chosen:
         return torch.stack(rows)
 
     def in_batches(self) -> None:
-        self.monkeypatch.setattr(deformable_detr, "best", self.together)
+        self.monkeypatch.setattr(self.architecture, "best", self.together)
 
 
 def differences(name: str, model: nn.Module, pictures: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The largest difference of each output between the images alone and in one batch."""
-    chosen = Chosen(monkeypatch) if getattr(model, "two_stage", False) else None
+    architecture = sys.modules[type(model).__module__]
+    chosen = Chosen(architecture, monkeypatch) if hasattr(architecture, "best") else None
     with torch.no_grad():
         alone = [model([picture]) for picture in pictures]
         if chosen:

@@ -4,10 +4,13 @@ import torch
 from small_models import build_small, images
 from torch import nn
 
+from detr.architectures.conditional_detr import ConditionalDETRConfig
+from detr.architectures.dab_detr import DABDETRConfig
 from detr.architectures.detr import DETRConfig
 from detr.presets import PRESETS
 
-NAMES = [name for name, preset in PRESETS.items() if isinstance(preset.model, DETRConfig)]
+NAMES = [name for name, preset in PRESETS.items()
+         if isinstance(preset.model, (DETRConfig, ConditionalDETRConfig, DABDETRConfig))]
 SIZES = (64, 100), (90, 50)
 
 

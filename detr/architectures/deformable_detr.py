@@ -7,51 +7,41 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import build_backbone, channels
-from ..boxes import box_prior
-from ..config import MaskConfig, flag
+from ..backbone import channels
+from ..boxes import inverse_sigmoid
+from ..config import DenoisingConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
+from ..denoising import Denoising, Noising, denoise, join, separate
 from ..encoder import DeformableTransformerEncoder
-from ..feature_levels import build_input_proj, flatten_levels, level_of, project
-from ..losses import FocalLabelLoss, box_loss, cardinality_error, mask_loss
-from ..mask_head import DETRsegm, Intermediates
-from ..matcher import HungarianMatcher, focal_class_cost
-from ..mlp import MLP
+from ..feature_levels import build_input_proj, flatten_levels, project
+from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
+from ..losses import box_loss, cardinality_error
+from ..mask_head import Intermediates
 from ..nested_tensor import NestedTensor, as_nested_tensor
-from ..panoptic import PostProcessPanoptic
 from ..position_encoding import build_position_encoding
-from ..postprocess import PostProcessSegm, PostProcessTopK
-from ..reference_points import decoder_reference_points, refine, token_centres
-from ..set_criterion import Loss, SetCriterion, every_row
-from ..structures import FeatureLevels, Outputs
-from ..two_stage import best, encode_proposals, proposing_tokens
-
-FINEST_STRIDE = 8                   # of the backbone's maps that become levels: C3 to C5 of a ResNet
+from ..prediction_heads import focal_heads
+from ..reference_points import decoder_reference_points, refine
+from ..set_criterion import every_row
+from ..structures import FeatureLevels, Outputs, Target
+from ..two_stage import best, encode_proposals, proposing_tokens, warn_of_few
 
 
 @dataclass(frozen=True)
-class DeformableDETRConfig(MaskConfig):
+class DeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
     """Deformable DETR's flags; the defaults are the paper's ResNet-50 model with four levels."""
     with_box_refine: bool = flag(False, "each decoder layer refines the boxes of the one before")
     two_stage: bool = flag(False, "queries begin at the encoder's best proposals")
     query_content: str = flag("position", "what two-stage queries start with: the encoded 'position' of their proposal, "
                               "as published, or the 'token' that proposed it", ("position", "token"))
-    num_feature_levels: int = flag(4, "levels of multi-scale attention: maps of stride 8 and coarser", least=1)
-    enc_n_points: int = flag(4, "points that an encoder head samples in each level", least=1)
-    dec_n_points: int = flag(4, "points that a decoder head samples in each level", least=1)
     position_embedding_scale: float = flag(2 * math.pi, "what sine positions of 0 to 1 are multiplied with")
-    cls_loss_coef: float = flag(2, "weight of the focal class loss")
-    focal_alpha: float = flag(0.25, "weight of objects against background in the focal loss")
     lr_backbone_names: tuple[str, ...] = flag(("backbone.0",), "parts of the names of parameters that learn with "
                                               "--lr_backbone")
     lr_linear_proj_names: tuple[str, ...] = flag(("reference_points", "sampling_offsets"), "parts of the names of "
@@ -59,21 +49,16 @@ class DeformableDETRConfig(MaskConfig):
     lr_linear_proj_mult: float = flag(0.1, "factor on their learning rate", least=0)
     lr_backbone: float = flag(2e-5, "learning rate of the backbone; 0 freezes it", least=0)
     dim_feedforward: int = flag(1024, "width of the feed-forward blocks", least=1)
-    num_queries: int = flag(300, "object queries: the most objects an image can have", least=1)
-    set_cost_class: float = flag(2, "class weight in the matching cost")
-    panoptic_threshold: float = flag(0.3, "least score of a query that becomes a segment of a panoptic map", least=0)
 
-    def build(self, num_classes: int) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""
-        self.check_masks()
         if self.query_content == "token" and not self.two_stage:
             raise ValueError("--query_content token is about proposals: add --two_stage")
-        if self.position_embedding == "learned" and not self.enc_layers:
-            raise ValueError("--position_embedding learned: the encoder alone uses positions; give --enc_layers 1 or "
-                             "more")
-        backbone = build_backbone(self, self.maps, most=self.num_feature_levels)
-        finer = len(backbone.strides) - len(self.coarse_maps(backbone.strides)) if self.masks else 0
+        if self.denoising and not self.two_stage:
+            raise ValueError("--denoising gives queries boxes to begin at, and those of this model begin at points: add "
+                             "--two_stage")
+        backbone, finer = self.build_maps()
         position = build_position_encoding(self.position_embedding, self.hidden_dim, self.position_embedding_scale,
                                            offset=-0.5)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout, self.num_feature_levels)
@@ -82,39 +67,15 @@ class DeformableDETRConfig(MaskConfig):
                                             DeformableTransformerDecoder(self.dec_layers, *layer, self.dec_n_points,
                                                                          with_box_refine=self.with_box_refine),
                                             self.two_stage, self.query_content == "token")
+        noising = Noising(self.dn_number, self.dn_box_noise_scale, self.dn_label_noise_ratio, contrastive=False)
         detr = DeformableDETR(nn.Sequential(backbone, position), transformer, num_classes, self.num_queries,
-                              self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage, finer)
-        matcher = HungarianMatcher(self.set_cost_class, self.set_cost_bbox, self.set_cost_giou,
-                                   partial(focal_class_cost, alpha=self.focal_alpha))
-        losses: list[Loss] = [FocalLabelLoss(self.focal_alpha), box_loss, cardinality_error]
-        frozen = self.frozen_weights is not None
-        model = DETRsegm(detr, self.nheads, matcher, frozen, gain=100.0) if self.masks else detr
-        criterion = SetCriterion(matcher, losses + [mask_loss] * self.masks, self.weights(),
-                                 class_agnostic_proposals=True)
-        postprocessors: dict[str, nn.Module] = {"bbox": PostProcessTopK()}
-        if self.masks:
-            postprocessors["segm"] = PostProcessSegm(crop=backbone.exact)
-        return model, criterion, postprocessors
-
-    def panoptic(self, is_thing_map: dict[int, bool], crop: bool) -> nn.Module:
-        """Post-processing to panoptic maps; ``is_thing_map``: which labels are things; ``crop``: padding is exact."""
-        return PostProcessPanoptic(is_thing_map, self.panoptic_threshold, sigmoid=True, crop=crop)
-
-    def maps(self, strides: list[int]) -> Sequence[int]:
-        """The maps that are used where ``--feature_strides`` does not say: the levels, and for masks the finer ones."""
-        return range(len(strides))[-4:] if self.masks else self.coarse_maps(strides)
-
-    def coarse_maps(self, strides: list[int]) -> list[int]:
-        """The maps that become levels where ``--feature_strides`` does not say: the coarsest ones."""
-        return [i for i, stride in enumerate(strides)
-                if stride >= FINEST_STRIDE or i + 1 == len(strides)][-self.num_feature_levels:]
+                              self.num_feature_levels, self.aux_loss, self.with_box_refine, self.two_stage, finer,
+                              noising if self.denoising else None)
+        return self.complete(detr, backbone.exact, [box_loss, cardinality_error], class_agnostic_proposals=True)
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer and of the proposals."""
-        weights = {"loss_ce": self.cls_loss_coef, "loss_bbox": self.bbox_loss_coef, "loss_giou": self.giou_loss_coef}
-        if self.masks:
-            weights |= {"loss_mask": self.mask_loss_coef, "loss_dice": self.dice_loss_coef}
-        return every_row(weights, self.dec_layers, self.aux_loss, self.two_stage)
+        return every_row(self.layer_weights(), self.dec_layers, self.aux_loss, self.two_stage, self.denoising)
 
     def parameter_groups(self, model: Any, lr: float) -> list[dict[str, Any]]:
         """A model's trainable parameters in the published groups: the others, the backbone's, and those that say where
@@ -193,13 +154,29 @@ class DeformableTransformer(nn.Module):
         coordinates = bbox_embed(output) + tokens.anchors                                       # [B, S, 4]
         chosen = best(logits[..., 0], tokens.mask, num_queries, levels.exact)
         reference = coordinates.gather(1, chosen[..., None].expand(-1, -1, 4)).detach()
-        start = self.pos_trans_norm(self.pos_trans(encode_proposals(reference, self.d_model // 2).to(memory.dtype)))
+        start = self.started(reference, memory.dtype)
         if self.token_content:
             position, content = start, output.gather(1, chosen[..., None].expand(-1, -1, self.d_model))
         else:
             position, content = start.chunk(2, dim=-1)
         return (Queries(content, position, reference.sigmoid()),
                 {"pred_logits": logits, "pred_boxes": coordinates.sigmoid()}, tokens.invalid.gather(1, chosen))
+
+    def started(self, reference: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is made of boxes before the sigmoid ``[B, Q, 4]``: positions ``[B, Q, D]``, and contents beside them where
+        these are not the tokens."""
+        return self.pos_trans_norm(self.pos_trans(encode_proposals(reference, self.d_model // 2).to(dtype)))
+
+    def with_noised(self, queries: Queries, noised: Denoising | None,
+                    label_enc: nn.Embedding) -> tuple[Queries, Tensor | None]:
+        """Denoising queries before the others, and who of them may not look at whom. Their positions are those of
+        proposals with their boxes."""
+        content, reference, attn_mask = join(noised, label_enc, queries.content, queries.reference)
+        position = queries.position
+        if noised is not None:
+            first = self.started(inverse_sigmoid(noised.boxes), position.dtype)[..., :self.d_model]
+            position = torch.cat([first, position], dim=1)
+        return Queries(content, position, reference), attn_mask
 
 
 class DeformableTransformerDecoder(nn.Module):
@@ -211,13 +188,13 @@ class DeformableTransformerDecoder(nn.Module):
         self.next_reference = refined if with_box_refine else unchanged
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels, class_embed: nn.ModuleList,
-                bbox_embed: nn.ModuleList) -> tuple[list[Outputs], Tensor]:
-        """Queries, the encoder's ``memory [B, S, D]`` of ``levels`` and each layer's heads -> what each layer says, and
-        what has become of the queries ``[B, Q, D]``."""
+                bbox_embed: nn.ModuleList, attn_mask: Tensor | None = None) -> tuple[list[Outputs], Tensor]:
+        """Queries, the encoder's ``memory [B, S, D]`` of ``levels``, each layer's heads, and who may not look at whom
+        ``[Q, Q]`` -> what each layer says, and what has become of the queries ``[B, Q, D]``."""
         content, position, reference = queries
         outputs: list[Outputs] = []
         for layer, class_head, box_head in zip(self.layers, class_embed, bbox_embed):
-            content = layer(content, position, decoder_reference_points(reference, levels), memory, levels)
+            content = layer(content, position, decoder_reference_points(reference, levels), memory, levels, attn_mask)
             boxes = refine(reference, box_head(content))
             outputs.append({"pred_logits": class_head(content), "pred_boxes": boxes})
             reference = self.next_reference(reference, boxes)
@@ -239,15 +216,14 @@ class DeformableDETR(nn.Module):
     refinement are one."""
 
     def __init__(self, backbone: nn.Sequential, transformer: DeformableTransformer, num_classes: int, num_queries: int,
-                 num_levels: int, aux_loss: bool, with_box_refine: bool, two_stage: bool, finer: int = 0) -> None:
-        """``finer``: how many of the backbone's maps are for a mask head alone."""
+                 num_levels: int, aux_loss: bool, with_box_refine: bool, two_stage: bool, finer: int = 0,
+                 noising: Noising | None = None) -> None:
+        """``finer``: how many of the backbone's maps are for a mask head alone; ``noising``: of the denoising queries in
+        training, if there are any."""
         super().__init__()
         d_model = transformer.d_model
         self.transformer = transformer
-        class_head, box_head = nn.Linear(d_model, num_classes), MLP(d_model, d_model, 4, 3)
-        nn.init.constant_(class_head.bias, -math.log(99))                   # at first every class has probability 0.01
-        nn.init.zeros_(box_head.layers[-1].weight)                                              # type: ignore[arg-type]
-        nn.init.zeros_(box_head.layers[-1].bias)                                                # type: ignore[arg-type]
+        class_head, box_head = focal_heads(d_model, num_classes)
         heads = len(transformer.decoder.layers) + two_stage
         self.class_embed, self.bbox_embed = (
             nn.ModuleList(copy.deepcopy(head) if with_box_refine else head for _ in range(heads))
@@ -264,33 +240,29 @@ class DeformableDETR(nn.Module):
         self.input_proj = build_input_proj(channels(backbone[0])[finer:], num_levels, d_model)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.num_queries, self.aux_loss, self.two_stage, self.finer = num_queries, aux_loss, two_stage, finer
+        self.num_classes, self.noising, self.takes_targets = num_classes, noising, noising is not None
+        if noising is not None:
+            self.label_enc = nn.Embedding(num_classes + 1, d_model)                 # as DINO's, with a row "unknown"
 
     @property
     def class_agnostic_head(self) -> nn.Module | None:
         """The class head of proposals, whose row 0 stands for any object, whatever the classes are (section A.4)."""
         return self.class_embed[-1] if self.two_stage else None
 
-    def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> Outputs:
+    def forward(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None = None) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
         earlier decoder layers in ``aux_outputs``. Two-stage: of all tokens in ``enc_outputs``, and ``invalid_queries
-        [B, Q]``, which started from no proposal."""
-        return self.steps(samples)[0]
+        [B, Q]``, which started from no proposal. In training with ``denoising`` and ``targets``, also ``dn_outputs``, of
+        denoising queries, for the criterion."""
+        return self.steps(samples, targets).outputs
 
-    def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
-        """``forward``, and what it went through, for a mask head.
+    def detect(self, samples: NestedTensor | Tensor | list[Tensor],
+               targets: Sequence[Target] | None = None) -> tuple[Outputs, Intermediates]:
+        """``forward``, and what it went through, for a mask head."""
+        return for_mask_head(self.steps(samples, targets))
 
-        Queries know their objects relative to where they look, and memory may have seen no positions; so the boxes
-        tell the mask head where to look.
-        """
-        outputs, features, src, content, memory, levels = self.steps(samples)
-        last = len(features) - self.finer - 1                                           # the level of the last map
-        prior = box_prior(outputs["pred_boxes"], level_of(token_centres(levels), levels, last))
-        return outputs, Intermediates(features, src, content, level_of(memory, levels, last).reshape(src.shape),
-                                      prior.unflatten(-1, src.shape[-2:]))
-
-    def steps(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[
-            Outputs, list[NestedTensor], Tensor, Tensor, Tensor, FeatureLevels]:
-        """Outputs, the backbone's maps, the last of them projected, queries, memory, levels."""
+    def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
+        """From left to right."""
         images = as_nested_tensor(samples)
         features = list(self.backbone[-2](images).values())
         maps = project(self.input_proj, features[self.finer:], images)
@@ -301,15 +273,19 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             queries, outputs["enc_outputs"], outputs["invalid_queries"] = self.transformer.propose(
                 memory, levels, self.class_embed[-1], self.bbox_embed[-1], self.num_queries)
-            if not torch.compiler.is_compiling() and memory.shape[1] < self.num_queries:
-                height, width = images.tensors.shape[-2:]
-                warnings.warn(f"images of {height}x{width} have {memory.shape[1]} tokens for {self.num_queries} queries; "
-                              f"the others start from nothing and are told by outputs['invalid_queries']. Feed larger "
-                              f"images or lower --num_queries", stacklevel=2)
+            warn_of_few(memory.shape[1], self.num_queries, images.tensors.shape)
         else:
             queries = self.transformer.learned_queries(self.query_embed.weight, memory.shape[0])
-        layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed)
+        noised, attn_mask = None, None
+        if self.noising is not None and self.training:
+            noised = None if targets is None else denoise(targets, self.noising, self.num_classes, self.num_queries)
+            queries, attn_mask = self.transformer.with_noised(queries, noised, self.label_enc)
+        layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed, attn_mask)
+        if noised is not None:
+            layers, outputs["dn_outputs"] = separate(layers, noised, self.aux_loss)
+            content = content[:, -self.num_queries:]
         outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]
-        return outputs, features, maps[len(features) - self.finer - 1].tensors, content, memory, levels
+        last = len(features) - self.finer - 1
+        return LevelSteps(outputs, features, maps[last].tensors, content, memory, levels, last)

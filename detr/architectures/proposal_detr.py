@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +30,8 @@ from ..nested_tensor import NestedTensor, as_nested_tensor
 from ..padding import at_least, exact_upsample
 from ..position_encoding import build_position_encoding, encode_boxes
 from ..postprocess import PostProcessTopK
+from ..prediction_heads import focal_heads
+from ..reference_points import map_centres
 from ..set_criterion import SetCriterion, every_row
 from ..structures import Outputs
 
@@ -66,28 +67,12 @@ class ProposalDETRConfig(ModelConfig):
         return every_row(weights, self.dec_layers, self.aux_loss, proposals=True)
 
 
-def centres(mask: Tensor) -> Tensor:
-    """``mask [B, H, W]``, True on padding -> the centres of its cells ``[B, H * W, 2]`` (x, y) as fractions of the valid
-    part."""
-    valid = (~mask).float()
-    y, x = ((valid.cumsum(d) - 0.5) / valid.sum(d, keepdim=True).clamp(min=1) for d in (1, 2))
-    return torch.stack([x, y], dim=-1).flatten(1, 2)
-
-
 class Heads(nn.Module):
-    """Class logits ``[..., C]`` and changes of boxes ``[..., 4]`` of proposals or queries ``[..., D]``.
-
-    At first every class is as good as absent, with probability 0.01 (Lin et al., 2017, section 4.1), and boxes stay as
-    they are.
-    """
+    """Class logits ``[..., C]`` and changes of boxes ``[..., 4]`` of proposals or queries ``[..., D]``."""
 
     def __init__(self, d_model: int, num_classes: int) -> None:
         super().__init__()
-        self.class_embed = nn.Linear(d_model, num_classes)
-        self.bbox_embed = MLP(d_model, d_model, 4, 3)
-        nn.init.constant_(self.class_embed.bias, -math.log(99))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)                                      # type: ignore[arg-type]
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)                                        # type: ignore[arg-type]
+        self.class_embed, self.bbox_embed = focal_heads(d_model, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_embed(x).float(), self.bbox_embed(x).float()
@@ -109,7 +94,7 @@ class Proposals(nn.Module):
 
     def anchors(self, mask: Tensor) -> Tensor:
         """``mask [B, H, W]``, True on padding -> boxes ``[B, H * W, 4]``: centres as fractions of the valid part."""
-        return F.pad(centres(mask), (0, 2), value=self.SIDE)
+        return F.pad(map_centres(mask), (0, 2), value=self.SIDE)
 
     @staticmethod
     def above(memory: NestedTensor, fine: NestedTensor) -> Tensor:
@@ -201,7 +186,7 @@ class ProposalTransformer(nn.Module):
         memory = self.encoder(tokens, padding, position)
         above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes)
         proposals, content, boxes, query_mask = self.proposals(above, fine)
-        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding, centres(src.mask))
+        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding, map_centres(src.mask))
         return layers, proposals
 
 

@@ -1,14 +1,14 @@
 """DAB-DETR and DAB-Deformable-DETR against the published model and against their definitions. What the project's services
-do with them is in test_conditional_detr.py."""
+do with them is in test_descendants.py."""
 import dataclasses
 import math
 
 import pytest
 import torch
-from cases import check, load_case, unchecked
+from cases import load_case, unchecked
 from plain_transformers import dab_detr, encoded, feed_forward, linear, logit, mlp, norm, part, self_attention
-from small_models import NUM_CLASSES, build_small, images, targets
-from test_conditional_detr import SIZES, check_output, compare_with, unlike_at_first
+from published import check_counts, check_layers
+from small_models import NUM_CLASSES, SIZES, build_small, compare_with, images, targets, unlike_at_first
 from torch import Tensor
 
 from detr import build_model
@@ -33,10 +33,7 @@ def test_published_model():
         assert torch.equal(model.state_dict()[alias], model.state_dict()[name])
     with torch.no_grad():
         outputs = model.eval()(case.images())
-    for key in ("pred_logits", "pred_boxes"):
-        check_output(case, key, outputs[key])
-        for i, layer in enumerate(outputs["aux_outputs"]):
-            check_output(case, f"aux_outputs.{i}.{key}", layer[key])
+    check_layers(case, outputs)
     assert unchecked(case) == []
 
 
@@ -48,10 +45,7 @@ def test_published_parameter_counts():
             models = [build_model(DEFORMABLE if "deformable" in name else "dab_detr_resnet50", **own)[0]]
             if name in PUBLISHED:
                 models.append(build_model(PUBLISHED[name])[0])
-        for model in models:
-            check(case, f"{name}.trainable", sum(p.numel() for p in model.parameters() if p.requires_grad))
-            check(case, f"{name}.total", sum(p.numel() for p in model.parameters()))
-            check(case, f"{name}.names", len(model.state_dict()))
+        check_counts(case, name, *models)
     assert unchecked(case) == []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cases import check, load_case, unchecked
+from published import check_counts, check_layers, check_output
 from small_models import NUM_CLASSES, build_small, images, targets
 from torch import Tensor, nn
 
@@ -32,17 +33,6 @@ PUBLISHED = {"r50": "deformable_detr_resnet50", "r50_single_scale": "deformable_
 
 # -- the published model ----------------------------------------------------------------------------------------------
 
-def check_output(case, name: str, value: Tensor) -> None:
-    """One output against what the case stored of it: a slice, and statistics of all."""
-    steps = case.spec["expected"][name].get("index", "[:]").strip("[]").split(",")
-    slices = tuple(slice(None, None, int(step.strip().removeprefix("::") or 1) if "::" in step else None)
-                   for step in steps)
-    check(case, name, value[slices], **case.spec["expected"][name]["tolerance"])
-    if f"{name}.stats" in case.expected:
-        stats = torch.stack([value.mean(), value.std(correction=0), value.min(), value.max()])
-        check(case, f"{name}.stats", stats, **case.spec["expected"][f"{name}.stats"]["tolerance"])
-
-
 @pytest.mark.parametrize("name", ["deformable_detr_r50", "deformable_detr_r50_refine_two_stage"])
 def test_published_model(name, monkeypatch):
     case = load_case(name)
@@ -54,13 +44,10 @@ def test_published_model(name, monkeypatch):
     monkeypatch.setattr(deformable_detr, "best", lambda *args: chosen.append(best(*args)) or chosen[-1])
     with torch.no_grad():
         outputs = model.eval()(case.images())
-    for key in ("pred_logits", "pred_boxes"):
-        check_output(case, key, outputs[key])
-        for i, layer in enumerate(outputs["aux_outputs"]):
-            check_output(case, f"aux_outputs.{i}.{key}", layer[key])
-        if chosen:
-            check_output(case, f"enc_outputs.{key}", outputs["enc_outputs"][key])
+    check_layers(case, outputs)
     if chosen:
+        for key in ("pred_logits", "pred_boxes"):
+            check_output(case, f"enc_outputs.{key}", outputs["enc_outputs"][key])
         check(case, "proposals.index", chosen[0].masked_fill(outputs["invalid_queries"], -1))
         proposals = outputs["enc_outputs"]
         check_output(case, "proposals.score", proposals["pred_logits"][..., 0].gather(1, chosen[0]))
@@ -148,12 +135,7 @@ def test_published_parameter_counts():
             models = [build_model("deformable_detr_resnet50", **flags)[0]]
             if name in PUBLISHED:
                 models.append(build_model(PUBLISHED[name])[0])
-        for model in models:
-            counts = {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                      "total": sum(p.numel() for p in model.parameters()), "names": len(model.state_dict())}
-            for what, count in counts.items():
-                assert count == case.spec["table"][f"{name}.{what}"], f"{name}.{what}"
-                check(case, f"{name}.{what}", count)
+        check_counts(case, name, *models)
     assert unchecked(case) == []
 
 

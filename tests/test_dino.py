@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import check, load_case, unchecked
+from published import check_counts, check_layers, check_output
 from small_models import NUM_CLASSES, build_small, images, targets
-from test_deformable_detr import check_output
 from torch.nn.parallel import DistributedDataParallel
 
 from detr import build_model
@@ -68,10 +68,7 @@ def test_published_model(name, monkeypatch):
     monkeypatch.setattr(dino, "best", chosen)
     monkeypatch.setattr(dino, "proposing_tokens", proposing)
     outputs = model.eval()(case.images())
-    for key in PREDICTED:
-        check_output(case, key, outputs[key])
-        for i, layer in enumerate(outputs["aux_outputs"]):
-            check_output(case, f"aux_outputs.{i}.{key}", layer[key])
+    check_layers(case, outputs)
     check_output(case, "interm_outputs.pred_logits", outputs["interm_outputs"]["pred_logits"])
     check(case, "proposals.box", outputs["interm_outputs"]["pred_boxes"], **tolerance("proposals.box"))
     used = torch.where(index < 0, seen["invalid"].int().argmax(1, keepdim=True), index)
@@ -124,9 +121,7 @@ def test_published_parameter_counts():
         preset, more = flags[name]
         with torch.device("meta"):
             model = build_model(preset, **more)[0]
-        check(case, f"{name}.trainable", sum(p.numel() for p in model.parameters() if p.requires_grad))
-        check(case, f"{name}.total", sum(p.numel() for p in model.parameters()))
-        check(case, f"{name}.names", len(model.state_dict()))
+        check_counts(case, name, model)
     assert unchecked(case) == []
 
 

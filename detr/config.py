@@ -92,11 +92,13 @@ class DenoisingConfig:
     """What configurations of architectures that can learn by denoising have besides; a base beside another."""
     denoising: bool = flag(False, "in training, let further queries find objects again of which they are told the class "
                            "and the box with noise")
-    dn_number: int = flag(100, "denoising queries of an image: groups of one for each object, as many as fit, at least "
-                          "one; below 50 it is half of the number of groups", least=1)
-    dn_box_noise_scale: float = flag(0.4, "noise of their boxes: how far a side may move, as a part of half the box; "
-                                     "0.4 is that of DINO's published configurations, its training scripts give 1.0",
-                                     least=0)
+    dn_number: int = flag(100, "denoising queries of an image, without DINO's negatives, which are as many again: groups "
+                          "of one for each object, as many as fit, at least one; below 50 it is half of the number of "
+                          "groups", least=1)
+    dn_box_noise_scale: float = flag(0.4, "noise of their boxes: how far a side of DINO's may move, as a part of half "
+                                     "the box (negatives twice that); how far others' centres may, and what part their "
+                                     "sizes change by. 0.4 is that of the published configurations, DINO's training "
+                                     "scripts give 1.0", least=0)
     dn_label_noise_ratio: float = flag(0.5, "noise of their classes: half of this is the share that are drawn anew",
                                        least=0)
 
@@ -114,7 +116,8 @@ class TrainConfig:
     lr_batch: int = flag(16, "images per optimizer step that the learning rates, warm-up and --ema_decay are meant for",
                          least=1)
     loss_normalizer: str = flag("process", "by what losses are divided: 'process', as published, or 'global', the same "
-                                "for all images of an optimizer step, however they are shared out", ("process", "global"))
+                                "for all images of an optimizer step, however they are shared out (but for denoising "
+                                "queries, whose number is the batch's)", ("process", "global"))
     weight_decay: float = flag(1e-4, "weight decay of the optimizer")
     sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
     epochs: int = flag(300, "passes over the training data", least=1)

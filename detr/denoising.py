@@ -1,18 +1,19 @@
 """Denoising: objects whose class and box got noise, as further queries that have to find them again (Li et al., 2022,
-DN-DETR, section 4). They know their object, so that nothing is matched for them, and a decoder learns what to do with a
-query before it knows which. Contrastive denoising adds queries with more noise, which have to say that they see no object
-(Zhang et al., 2023, DINO, section 3.3).
+DN-DETR, section 4). They know their object, so that nothing is matched for them, and layers learn to correct a box while
+what the matched queries are to find still changes from step to step. Contrastive denoising adds queries with more noise,
+which have to say that they see no object (Zhang et al., 2023, DINO, section 3.3).
 
 A group has each object of an image once, contrastive ones have it twice; images with fewer objects are filled up. Groups
 come one after the other, and before the queries that are matched:
 
     | group 0: positives, negatives | group 1: positives, negatives | ... | matching queries |
 
-All this is training's: the queries that are matched see nothing of it.
+All this is training's: the queries that are matched see nothing of it; they are seen. Denoising queries of one image do
+depend on its batch, which says how many there are.
 
-DN-DETR also tells both kinds of queries apart by one more channel, and lets the matched ones start with a class
-"unknown". Here, as in DINO, they start as they do without denoising, so that detection uses the same weights with it and
-without.
+DN-DETR has a fixed number of groups, tells both kinds of queries apart by one more channel, and lets the matched ones
+start with a class "unknown". Here, as in DINO, groups are as many as fit, and the matched queries start as they do
+without denoising, so that detection uses the same weights with it and without.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ MANY = 50               # a number of denoising queries from here on is meant in
 class Noising(NamedTuple):
     """For how many queries, and how much noise."""
     number: int                     # see ``number_of_groups``
-    box_scale: float                # of boxes: 1 moves a side of a positive by up to half the box
+    box_scale: float                # of boxes, see ``noised_corners`` and ``noised_centres``
     label_ratio: float              # half of this is the share of labels that are drawn anew
     contrastive: bool               # DINO's: with negatives, and noise of corners
 
@@ -39,16 +40,16 @@ class Noising(NamedTuple):
 class Noise(NamedTuple):
     """Random numbers for ``n`` queries: all objects of the batch, image after image, and this as often as there are
     positives and negatives of groups."""
-    label: Tensor                   # [n] in 0..1
-    new_label: Tensor               # [m] int64, of the m queries whose ``label`` is less than half of ``label_ratio``
+    chance: Tensor                  # [n] in 0..1
+    new_label: Tensor               # [m] int64, of the m queries whose ``chance`` is less than half of ``label_ratio``
     sign: Tensor                    # [n, 4] 0 or 1
     box: Tensor                     # [n, 4] in 0..1
 
 
 class Denoising(NamedTuple):
-    """The denoising queries of a batch, ``P`` an image, and what is known of them."""
+    """The denoising queries of a batch, ``P`` (here not points) an image, and what is known of them."""
     labels: Tensor                  # [B, P] int64 in 0..C-1
-    boxes: Tensor                   # [B, P, 4] cxcywh in 0..1, 0.5 on padding
+    boxes: Tensor                   # [B, P, 4] cxcywh in 0..1; 0.5 on padding, a logit of 0, as published
     mask: Tensor                    # [B, P] bool, True on padding
     attn_mask: Tensor               # [P + Q, P + Q] bool, True where a query (row) may not look at another (column)
     match: Match                    # the positives, and their objects
@@ -57,23 +58,23 @@ class Denoising(NamedTuple):
 
 def number_of_groups(number: int, most: int) -> int:
     """How many groups there are where the fullest image has ``most`` objects: as many as ``number`` positives suffice
-    for, at least one. As published, a ``number`` below 50 does not depend on the objects, and counts positives and
-    negatives of one object."""
+    for, at least one (with as many negatives beside them in contrastive denoising). As published, a ``number`` below 50
+    is half of the number of groups, whatever the objects."""
     return max(1, number // most) if number >= MANY else 2 * number
 
 
 def draw_noise(noising: Noising, n: int, num_classes: int, generator: torch.Generator | None = None) -> Noise:
     """On the CPU, in the published order, from ``generator`` or PyTorch's own. Of noise that is not wanted nothing is
     drawn."""
-    label, new_label = torch.ones(n), torch.zeros(0, dtype=torch.int64)
+    chance, new_label = torch.ones(n), torch.zeros(0, dtype=torch.int64)
     sign, box = torch.zeros(n, 4), torch.zeros(n, 4)
     if noising.label_ratio > 0:
-        label = torch.rand(n, generator=generator)
-        new_label = torch.randint(num_classes, (int((label < noising.label_ratio / 2).sum()),), generator=generator)
+        chance = torch.rand(n, generator=generator)
+        new_label = torch.randint(num_classes, (int((chance < noising.label_ratio / 2).sum()),), generator=generator)
     if noising.box_scale > 0:
         sign = torch.randint(2, (n, 4), generator=generator, dtype=torch.float32)
         box = torch.rand(n, 4, generator=generator)
-    return Noise(label, new_label, sign, box)
+    return Noise(chance, new_label, sign, box)
 
 
 def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_queries: int, noise: Noise | None = None,
@@ -87,33 +88,37 @@ def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_q
     groups, parts = number_of_groups(noising.number, most), 1 + noising.contrastive
     blocks = groups * parts                                 # each has every object of an image once
     noise = draw_noise(noising, blocks * total, num_classes, generator) if noise is None else noise
-    if len(noise.label) != blocks * total:
-        raise ValueError(f"noise is for {len(noise.label)} queries, and {groups} groups of {total} objects have "
+    if len(noise.chance) != blocks * total:
+        raise ValueError(f"noise is for {len(noise.chance)} queries, and {groups} groups of {total} objects have "
                          f"{blocks * total}: draw it for that many")
+
+    def there(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)              # nothing on the CPU waits for the device
 
     # A wrong label is the matcher's to complain about.
     labels = torch.cat([target["labels"] for target in targets]).clamp(0, num_classes - 1).repeat(blocks)
-    labels = torch.where((drawn := drawn_labels(noise, noising.label_ratio).to(device)) < 0, labels, drawn)
-    boxes = torch.cat([target["boxes"] for target in targets]).repeat(blocks, 1)
+    drawn = there(drawn_labels(noise, noising.label_ratio))
+    labels = torch.where(drawn < 0, labels, drawn)                                                      # [n]
+    boxes = torch.cat([target["boxes"] for target in targets]).repeat(blocks, 1)                        # [n, 4]
     boxes = (noised_corners if noising.contrastive else noised_centres)(
-        boxes, noising.box_scale * signed(noise, total, parts).to(boxes))
+        boxes, noising.box_scale * there(signed(noise, total, parts)).to(boxes.dtype))
 
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    place = torch.cat([torch.arange(count) for count in counts])
-    query = (most * torch.arange(blocks)[:, None] + place).flatten()
-    at, shape = (image.repeat(blocks).to(device), query.to(device)), (len(counts), blocks * most)
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))                           # [total]
+    place = torch.cat([torch.arange(count) for count in counts])                                        # [total]
+    query = (most * torch.arange(blocks)[:, None] + place).flatten()                                    # [n]
+    at, shape = (there(image.repeat(blocks)), there(query)), (len(counts), blocks * most)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[at] = False
     of_query, of_box = labels.new_zeros(shape), boxes.new_full((*shape, 4), 0.5)
     of_query[at], of_box[at] = labels, boxes
-    attn_mask = attention_mask(groups, parts * most, num_queries).to(device)
+    attn_mask = attention_mask(groups, parts * most, num_queries, device)
     return Denoising(of_query, of_box, mask, attn_mask, known_match(counts, groups, parts * most), groups)
 
 
 def drawn_labels(noise: Noise, label_ratio: float) -> Tensor:
     """The labels that take the place of others, -1 where these stay: ``[n]``."""
-    drawn = torch.full(noise.label.shape, -1, dtype=torch.int64)
-    drawn[noise.label < label_ratio / 2] = noise.new_label
+    drawn = torch.full(noise.chance.shape, -1, dtype=torch.int64)
+    drawn[noise.chance < label_ratio / 2] = noise.new_label
     return drawn
 
 
@@ -137,10 +142,11 @@ def noised_centres(boxes: Tensor, noise: Tensor) -> Tensor:
     return (boxes + noise * torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=1)).clamp(0, 1)
 
 
-def attention_mask(groups: int, size: int, num_queries: int) -> Tensor:
+def attention_mask(groups: int, size: int, num_queries: int, device: torch.device | None = None) -> Tensor:
     """True where a query may not look at another: denoising queries ``size`` a group see their own group and the
     matching queries, these only each other: bool ``[P + Q, P + Q]``."""
-    group = torch.cat([torch.arange(groups).repeat_interleave(size), torch.full((num_queries,), -1)])
+    group = torch.arange(groups * size + num_queries, device=device) // size
+    group = group.where(group < groups, -1)
     return (group[:, None] != group) & (group >= 0)
 
 
@@ -158,6 +164,8 @@ def join(noised: Denoising | None, label_enc: nn.Embedding, content: Tensor,
     with nothing: processes that train together must not wait for its gradient."""
     if noised is None:
         return content + 0 * label_enc.weight[0], reference, None
+    if len(noised.labels) != content.shape[0]:
+        raise ValueError(f"{len(noised.labels)} targets for {content.shape[0]} images: give one for each")
     known = label_enc(noised.labels).masked_fill(noised.mask[..., None], 0.0)
     return (torch.cat([known.to(content.dtype), content], dim=1),
             torch.cat([inverse_sigmoid(noised.boxes, eps).sigmoid().to(reference.dtype), reference], dim=1),

@@ -197,7 +197,7 @@ def adapt(shape: Layout, model: nn.Module, state_dict: Mapping[str, Any], old: S
     - More queries: the old ones, then copies of them in turn, with noise of a tenth of their standard deviation, drawn
       with ``seed``. Fewer: the most used by ``usage [Q]`` (``query_usage``) in their old order; without it the first.
     - A box model's checkpoint in a mask model leaves the mask head as it begins; a mask model's in a box model leaves
-      its mask head out.
+      its mask head out. So it is with the table that denoising queries begin with.
 
     All other tensors have to be there, in the model's shape; what does not fit is a ValueError that names them.
     """
@@ -221,11 +221,12 @@ def adapt(shape: Layout, model: nn.Module, state_dict: Mapping[str, Any], old: S
             value, action, why = given[there[0]], "loaded", ""
         else:
             value, action = begun, "new"
-            why = "counts batches" if _counts_batches(name) else "the checkpoint has no mask head"
+            why = ("counts batches" if _counts_batches(name) else "the checkpoint's model did not denoise"
+                   if _of_denoising(name) else "the checkpoint has no mask head")
         if name in shape.queries and queries:
             value = resize_queries(value.to(begun), shape.queries[name], chosen, before.queries or 0, generator)
             action, why = "resized", queries
-        if name in shape.classes:
+        if name in shape.classes and there:
             axis, any_object = shape.classes[name], name in shape.agnostic
             stays = MORE_ROWS.get(name.removesuffix(".weight").removeprefix(DETECTOR), '"no object"')
             taken = kept | {after.classes + i: before.classes + i for i in range(axis.extra)}
@@ -239,7 +240,8 @@ def adapt(shape: Layout, model: nn.Module, state_dict: Mapping[str, Any], old: S
             adapted[name] = value
             rows[name] = Row(name, action, why or (f"one with {there[0]}" if name not in there else ""))
     left_out = [Row(name, "left out", "counts batches, which frozen norms do not" if _counts_batches(name) else
-                    "the model has no mask head") for name in given if name not in fresh]
+                    "the model does not denoise" if _of_denoising(name) else "the model has no mask head")
+                for name in given if name not in fresh]
     return Adapted({name: adapted[name] for name in fresh}, [*(rows[name] for name in fresh), *left_out], notes)
 
 
@@ -257,9 +259,10 @@ def refuse_misfits(model: nn.Module, given: Mapping[str, Any], state_dict: Mappi
     fresh, found = model.state_dict(), []
     masks, had_masks = (any(name.startswith(DETECTOR) for name in names) for names in (fresh, state_dict))
     kin = {name: names for names in twins(model) for name in names}
-    missing = [name for name in fresh if not any(twin in given for twin in kin[name]) and not _counts_batches(name)
+    missing = [name for name in fresh if not any(twin in given for twin in kin[name])
+               and not (_counts_batches(name) or _of_denoising(name))
                and (name.startswith(DETECTOR) or not masks or had_masks)]
-    unexpected = [name for name in given if name not in fresh and not _counts_batches(name)
+    unexpected = [name for name in given if name not in fresh and not (_counts_batches(name) or _of_denoising(name))
                   and (masks or not had_masks or DETECTOR + name in state_dict)]
     wrong = []
     for name in fresh.keys() & given.keys():
@@ -274,9 +277,14 @@ def refuse_misfits(model: nn.Module, given: Mapping[str, Any], state_dict: Mappi
         if names:
             found.append(f"{len(names)} {what} ({_listed(names)})")
     if found:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(found)}. Classes, --num_queries and --masks may "
-                         f"be others than the checkpoint's; the rest has to be as it was trained: leave out the flags "
-                         f"that change it, or name the right --model")
+        raise ValueError(f"{source} does not fit the model: {'; '.join(found)}. Classes, --num_queries, --masks and "
+                         f"--denoising may be others than the checkpoint's; the rest has to be as it was trained: leave "
+                         f"out the flags that change it, or name the right --model")
+
+
+def _of_denoising(name: str) -> bool:
+    """Whether a tensor is what denoising queries start with, of which detection needs nothing."""
+    return name.removeprefix(DETECTOR) == "label_enc.weight"
 
 
 def _counts_batches(name: str) -> bool:

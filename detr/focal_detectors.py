@@ -28,7 +28,7 @@ Built = tuple[nn.Module, SetCriterion, dict[str, nn.Module]]
 
 @dataclass(frozen=True)
 class FocalConfig(MaskConfig):
-    """What they have besides."""
+    """Flags of all detectors with the focal loss."""
     cls_loss_coef: float = flag(2, "weight of the focal class loss")
     focal_alpha: float = flag(0.25, "weight of objects against background in the focal loss")
     num_queries: int = flag(300, "object queries: the most objects an image can have", least=1)
@@ -70,7 +70,7 @@ class FocalConfig(MaskConfig):
 
 @dataclass(frozen=True)
 class MultiScaleConfig(FocalConfig):
-    """What those with levels have besides."""
+    """Flags of those with several levels."""
     num_feature_levels: int = flag(4, "levels of multi-scale attention: maps of stride 8 and coarser, of DINO with five "
                                    "or more of stride 4", least=1)
     enc_n_points: int = flag(4, "points that an encoder head samples in each level", least=1)

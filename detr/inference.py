@@ -24,7 +24,8 @@ from .precision import TYPES
 
 NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)                     # whose statistics are fixed in evaluation
 # Linear layers whose numbers are worth float32, or that a model asks for their type.
-IN_FLOAT32 = {"sampling_offsets", "attention_weights", "reference_points", "ref_point_head", "bbox_embed", "class_embed"}
+IN_FLOAT32 = {"sampling_offsets", "attention_weights", "reference_points", "ref_point_head", "ref_anchor_head",
+              "bbox_embed", "class_embed"}
 
 
 class FoldedConvolution(nn.Module):

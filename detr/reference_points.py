@@ -45,8 +45,8 @@ def map_centres(mask: Tensor) -> Tensor:
 
 def refine(reference: Tensor, delta: Tensor, eps: float = 1e-5) -> Tensor:
     """Boxes ``[..., 4]`` in 0..1 that differ from ``reference`` by ``delta``, before the sigmoid (section A.4, iterative
-    bounding box refinement); where the reference is a point ``[..., 2]``, the size is all ``delta``'s (section A.3).
-    References are taken for ``eps`` to ``1 - eps``."""
+    bounding box refinement; Liu et al., 2022, DAB-DETR, section 4.3); where the reference is a point ``[..., 2]``, the
+    size is all ``delta``'s (section A.3). References are taken for ``eps`` to ``1 - eps``."""
     known = inverse_sigmoid(reference, eps)
     if reference.shape[-1] == 2:
         known = torch.cat([known, torch.zeros_like(known)], dim=-1)

@@ -24,13 +24,14 @@ class SetCriterion(nn.Module):
     Targets may have ``ignore [M, 4]`` (cxcywh in 0..1), regions in which not all objects are marked: queries that find
     something there are not told that they see no object, in no layer and in no proposal.
 
-    Denoising queries (``denoising.py``) know their objects, each as often as there are groups, and so much more their
-    losses are divided by. Where a batch has none, the losses of those that ``weight_dict`` weighs are 0, as published.
+    Denoising queries (``denoising.py``) know their objects. There is a copy of each object in each group, so their losses
+    are divided by the number of groups, too. A batch without them has losses of 0 in their place, as published.
 
     ``normalizer`` says what the losses of training are divided by. ``"process"``, as published: box losses by the objects
     of a batch, as a mean over processes; the softmax class loss by the weights of the process's own batch. So the
     gradient depends on which images share a process, and with accumulation on which share a batch. ``"global"``: both by
-    what all images of the optimizer step have, so that the gradient is the same however these are shared out.
+    what all images of the optimizer step have, so that the gradient is the same however these are shared out (but for
+    denoising queries, whose number is the batch's).
     """
 
     def __init__(self, matcher: nn.Module, losses: Sequence[Loss], weight_dict: dict[str, float],

@@ -262,7 +262,8 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
                              f"leave it out")
     if run.backbone_weights and run.pretrained_backbone:
         raise ValueError("--backbone_weights and --pretrained_backbone contradict each other; choose one")
-    if getattr(model, "with_box_refine", False) and not model.aux_loss and not run.eval:
+    refines = getattr(model, "with_box_refine", False) or getattr(model, "heads_of_layers", False)
+    if refines and not model.aux_loss and not run.eval:
         raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
                          "though each layer refines the boxes of the one before: leave --no_aux_loss out")
 
@@ -330,8 +331,15 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
               for flag in ("position_embedding", "position_embedding_scale")],
+            ("pe_temperature", without_encoder, "without encoder layers, which alone use positions"),
+            *[(flag, settings.model.position_embedding == "learned", "with --position_embedding learned, which has none")
+              for flag in ("pe_temperature", "position_embedding_scale")],
             *[(flag, not getattr(settings.model, "denoising", False), "without --denoising")
               for flag in ("dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")],
+            *[(flag, useless, why) for flag in ("denoising", "dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")
+              for useless, why in ((run.eval, "with --eval, which denoises nothing"),
+                                   (bool(getattr(settings.model, "frozen_weights", None)),
+                                    "with --frozen_weights, whose detector does not learn"))],
             ("lr_batch", train.lr_rule == "none", "with --lr_rule none"),
             ("skip_at_most", train.non_finite == "stop", "with --non_finite stop"),
             ("amp", run.eval and train.amp != "off", "with --eval, which computes in float32"),

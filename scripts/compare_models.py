@@ -153,7 +153,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 found = machine(torch.device(device), args.threads)
                 facts_of_machine = {"jobs": args.jobs, "threads": args.threads, "num_workers": args.num_workers,
                                     **{name: found[name] for name in ("device", "cpu", "torch")}}
-            facts = {"model": model, "seed": seed, "settings": settings.as_dict(), "machine": facts_of_machine}
+            facts = {"model": model, "seed": seed, "settings": settings.as_dict(), "machine": facts_of_machine,
+                     "more": args.more}
             runs.append(Run(model, seed, Path(args.output_dir) / f"{model}-seed{seed}", flags,
                             json.loads(json.dumps(facts, default=str))))
     return runs
@@ -185,7 +186,8 @@ def done_before(run: Run) -> tuple[int, str]:
             raise ValueError(f"{run.folder} has a training that this script has not made: give another --output_dir")
         return 0, "begins"
     old = json.loads(facts.read_text())
-    if changed := differences({name: old.get(name) for name in run.facts}, run.facts):
+    made = {name: value for name, value in run.facts.items() if name != "more"}         # whose effect is in the settings
+    if changed := differences({name: old.get(name) for name in made}, made):
         more = "; ..." if len(changed) > 4 else ""
         raise ValueError(f"{run.folder} was made with {'; '.join(changed[:4])}{more}: give the same flags, another "
                          f"--output_dir, or delete it")
@@ -353,15 +355,20 @@ def read_run(folder: Path) -> Curve | None:
 
 
 def same_budget(curves: Sequence[Curve]) -> None:
-    """ValueError where trainings do not compare: other epochs, other data, or another share of the machine."""
+    """ValueError where trainings do not compare: other epochs, data or flags, or another share of the machine. That their
+    code differs is said."""
     def budget(curve: Curve) -> dict[str, Any]:
         settings = curve.facts["settings"]
-        return {"epochs": settings["train"]["epochs"], "data": settings["data"]["data"], **curve.facts["machine"]}
+        return {"epochs": settings["train"]["epochs"], "data": settings["data"]["data"],
+                "flags after --": " ".join(curve.facts["more"]) or "none", **curve.facts["machine"]}
 
     for curve in curves[1:]:
         if other := differences(budget(curve), budget(curves[0])):
             raise ValueError(f"{curve.model}, seed {curve.seed}, does not compare with {curves[0].model}, seed "
                              f"{curves[0].seed}: {'; '.join(other)}; choose by --models, or use two folders")
+    if len(revisions := {str(curve.facts.get("revision")) for curve in curves}) > 1:
+        print(f"trained with different code, revisions {', '.join(sorted(revisions))}: they compare where that changed "
+              f"nothing of theirs")
 
 
 def learnings(curves: Sequence[Curve]) -> list[Learning]:

@@ -32,7 +32,8 @@ from detr.precision import make_scaler
 from detr.presets import PRESETS
 from engine import Progress, evaluate, train_one_epoch
 
-NOISY = ("Dropout", "DropPath", "MultiheadAttention")       # classes of modules that drop at random in training alone
+# Classes of modules that drop at random in training alone.
+NOISY = ("Dropout", "DropPath", "MultiheadAttention", "ProjectedAttention")
 MODELS = [name for name, preset in PRESETS.items() if preset.model.from_scratch]
 
 

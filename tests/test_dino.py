@@ -297,6 +297,18 @@ def test_nothing_is_denoised_in_evaluation():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_denoising_without_noise_is_refused():
+    with pytest.raises(ValueError, match="--dn_box_noise_scale 0: the same box would have to be found and to be refused"):
+        build_small("tiny_dino", dn_box_noise_scale=0)
+    build_small("tiny_dab_detr", denoising=True, dn_box_noise_scale=0)
+
+
+def test_targets_for_other_images_are_refused():
+    model = build_small("tiny_dino")[0]
+    with pytest.raises(ValueError, match="2 targets for 1 images: give one for each"):
+        model(images((64, 64)), targets(1, 2))
+
+
 def test_denoising_can_be_left_out():
     model, criterion, _ = build_small("tiny_dino", denoising=False)
     assert not model.takes_targets and not model.label_enc.weight.requires_grad
@@ -382,8 +394,8 @@ def test_look_forward_twice():
     finally:
         dino.refine = original
     outputs["pred_boxes"].sum().backward()
-    begun = references[1::2]                                        # what the next layer's boxes refer to
-    assert begun[0].grad is None and (begun[1].grad != 0).any() and begun[2].grad is None
+    undetached = references[1::2]                                   # what the boxes of layers 1 and 2 refer to
+    assert len(references) == 5 and undetached[0].grad is None and (undetached[1].grad != 0).any()
 
 
 @pytest.mark.parametrize("name", ["tiny_dino", "dino_resnet50_5scale"])

@@ -386,6 +386,21 @@ def test_masks_begin_anew_on_a_box_model():
     assert len(back.rows) == len(fresh)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_table_of_denoising_comes_and_goes(masks):
+    """A detector that does not denoise learns to, and the other way round; also under a mask head."""
+    flags = {"masks": True, "hidden_dim": 128, "nheads": 8} if masks else {}
+    name = "detr.label_enc.weight" if masks else "label_enc.weight"
+    state = weights("two-stage refine", **flags)
+    model, adapted, fresh = fitted("two-stage refine", state, COCO, BCCD, **flags, denoising=True)
+    assert actions(adapted)[name] == "new" and torch.equal(model.state_dict()[name], fresh[name])
+    assert "did not denoise" in said(adapted, name) and list(actions(adapted).values()).count("new") == 1
+    back = fitted("two-stage refine", weights("two-stage refine", 91, **flags, denoising=True), COCO, BCCD, **flags)[1]
+    assert actions(back)[name] == "left out" and said(back, name) == "the model does not denoise"
+    with pytest.raises(ValueError, match="1 unexpected"):
+        fitted("two-stage refine", state | {"label_end.weight": torch.zeros(3, 3)}, COCO, BCCD, **flags)
+
+
 def test_shared_heads_that_a_file_has_once():
     state = weights("two-stage", 3)
     once = {name: value for name, value in state.items()

@@ -143,6 +143,11 @@ def test_refused_flags(line, message):
     assert message in str(error.value)
 
 
+def test_a_frozen_detector_denoises_nothing(boxes):
+    with pytest.raises(ValueError, match="--denoising has no effect with --frozen_weights, whose detector does not"):
+        settle(f"--masks --frozen_weights {boxes} --denoising")
+
+
 def test_panoptic_data_without_its_folder(data):
     with pytest.raises(ValueError, match="--dataset_file coco_panoptic needs --coco_panoptic_path"):
         run(SMALL + f"--coco_path {data} --dataset_file coco_panoptic --masks")

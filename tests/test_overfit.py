@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import make_rectangles
+from small_models import build_small, images
 
 from datasets.coco import CocoDetection
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eval_transforms
@@ -55,6 +56,18 @@ def test_images_with_five_channels(overfit, tmp_path, capsys):
     assert "step 2: loss" in capsys.readouterr().out
     with pytest.raises(OSError, match=r"100.npy has 5 channels, not the 3 of --in_channels; give --in_channels 5"):
         call(overfit, data, "--images 2 --image_size 64")
+
+
+@pytest.mark.parametrize("name", ["tiny_detr", "tiny_conditional_detr", "tiny_dab_detr", "tiny_dino"])
+def test_modules_that_drop_are_known(name, overfit):
+    """Whatever drops in training is known by its class."""
+    model = build_small(name, dropout=0.5)[0].train()
+    batch = torch.stack(images((64, 64), (64, 64)))
+    assert not torch.equal(model(batch)["pred_logits"], model(batch)["pred_logits"])
+    for module in model.modules():
+        if type(module).__name__ in overfit.NOISY:
+            module.eval()
+    assert torch.equal(model(batch)["pred_logits"], model(batch)["pred_logits"])
 
 
 def test_which_images(overfit, data):

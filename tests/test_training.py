@@ -37,8 +37,9 @@ def no_pictures(monkeypatch):
     (SMALL, 1), (DEFORMABLE, 3), (SMALL + "--bucket_train --image_size 48 ", 3),
     (SMALL + "--sgd --ema_decay 0 --amp bf16 ", 3),
     (DEFORMABLE + "--mosaic 0.5 --color_jitter 0.4 --repeat_threshold 0.6 --scale_jitter 0.5 2 ", 5),
-    (SMALL + "--num_workers 2 --lr_schedule step --lr_drop 1 --amp fp16 ", 3)],
-    ids=["detr", "deformable", "buckets", "sgd", "augmented", "workers"])
+    (SMALL + "--num_workers 2 --lr_schedule step --lr_drop 1 --amp fp16 ", 3),
+    (DEFORMABLE.replace("deformable_detr", "dino"), 5)],
+    ids=["detr", "deformable", "buckets", "sgd", "augmented", "workers", "dino"])
 def test_broken_off_anywhere(line, every, data, tmp_path, monkeypatch):
     """SIGTERM after each or every few steps of two epochs."""
     line, out = line + f"--coco_path {data} ", tmp_path / "broken"

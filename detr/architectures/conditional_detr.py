@@ -70,21 +70,22 @@ class TransformerDecoder(nn.Module):
         self.layers = conditional_layers(num_layers, d_model, nhead, dim_feedforward, dropout)
         self.norm = nn.LayerNorm(d_model)
         self.ref_point_head = MLP(d_model, d_model, 2, 2)
-        self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(num_layers > 1)     # from the second layer on
+        # Lambda: 1 in the first layer, whose content is 0. One that no layer uses must not wait for a gradient.
+        self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(num_layers > 1)
 
-    def forward(self, query_position: Tensor, memory: Tensor, memory_position: Tensor, mask: Tensor,
-                attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``query_position [B, Q, D]``, tokens and their positions ``[B, S, D]``, ``mask [B, S]`` True on padding;
-        ``attn_mask [Q, Q]`` True where a query may not look at another -> what each layer says ``[K, B, Q, D]``, and
-        where all of them look from: points (x, y) as fractions of the image ``[B, Q, 2]``."""
-        with torch.autocast(query_position.device.type, enabled=False):
+    def forward(self, query_position: Tensor, memory: Tensor, memory_position: Tensor,
+                mask: Tensor) -> tuple[Tensor, Tensor]:
+        """``query_position [B, Q, D]``, tokens and their positions ``[B, S, D]``, ``mask [B, S]`` True on padding ->
+        what each layer says ``[K, B, Q, D]``, and where all of them look from: points (x, y) as fractions of the image
+        ``[B, Q, 2]``. The conditional spatial query is p_q = lambda * p_s (section 3.3), here ``asked`` and ``place``."""
+        with torch.autocast(query_position.device.type, enabled=False):         # bfloat16 would round points to 1/256
             reference = self.ref_point_head(query_position).sigmoid()
         place = encode_boxes(reference, query_position.shape[-1] // 2).to(memory.dtype)
         content = torch.zeros_like(query_position)
         outputs = []
         for i, layer in enumerate(self.layers):
             asked = place * self.query_scale(content) if i else place
-            content = layer(content, query_position, asked, memory, memory_position, mask, attn_mask)
+            content = layer(content, query_position, asked, memory, memory_position, mask)
             outputs.append(self.norm(content))
         return torch.stack(outputs), reference
 
@@ -113,13 +114,14 @@ class ConditionalDETR(nn.Module):
         return for_mask_head(self.steps(samples))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor]) -> Steps:
-        """From left to right."""
+        """Backbone, encoder, queries, decoder, heads."""
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
         src, mask = features[-1].decompose()
         src = self.input_proj(src)
         hs, reference, memory = self.transformer(src, mask, self.query_embed.weight,
                                                  self.backbone[-1](features[-1]).to(src.dtype))
-        logits, boxes = self.class_embed(hs), refine(reference, self.bbox_embed(hs).float())    # [K, B, Q, C or 4]
+        # All layers' boxes refer to the same points, which learn from all: [K, B, Q, C or 4].
+        logits, boxes = self.class_embed(hs), refine(reference, self.bbox_embed(hs).float())
         outputs: Outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
             outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]

@@ -1,7 +1,9 @@
 """DAB-Deformable-DETR (Liu et al., 2022): Deformable DETR with box refinement whose queries are boxes and contents.
 
 Deformable DETR learns a query's position and reads a reference point off it. Here a query is an anchor, and its position
-is what each decoder layer reads off the box that the query has become (section 4.2), scaled by its content.
+is what each decoder layer reads off the box that the query has become (section 4.2), scaled by its content. Its width and
+height need no modulation: sampling offsets are parts of the box already. Each box learns from its own layer's loss alone,
+unlike DAB-DETR's.
 """
 from __future__ import annotations
 
@@ -31,13 +33,14 @@ from ..reference_points import decoder_reference_points, refine
 from ..set_criterion import every_row
 from ..structures import FeatureLevels, Outputs, Target
 
-EPS = 1e-3                          # anchors are refined as if they were that far from 0 and 1, as published
+EPS = 1e-3                          # boxes are refined as if at least that far from 0 and 1, as published
 
 
 @dataclass(frozen=True)
 class DABDeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
     """DAB-Deformable-DETR's flags; the defaults are the published ResNet-50 model with four levels."""
-    num_patterns: int = flag(0, "queries with contents of their own that share each anchor; 0: one", least=0)
+    num_patterns: int = flag(0, "queries with contents of their own that share each anchor; 0: the anchor's "
+                             "own alone", least=0)
     cls_loss_coef: float = flag(1, "weight of the focal class loss")
     dropout: float = flag(0.0, "dropout in the transformer, a probability", least=0)
     num_queries: int = flag(300, "anchors: each is a query, or one for each pattern", least=1)
@@ -58,13 +61,18 @@ class DABDeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
                                  noising if self.denoising else None)
         return self.complete(detr, backbone.exact, [box_loss, cardinality_error])
 
+    @property
+    def heads_of_layers(self) -> bool:
+        """Whether each layer refines boxes with heads of its own."""
+        return True
+
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer."""
         return every_row(self.layer_weights(), self.dec_layers, self.aux_loss, denoising=self.denoising)
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder and decoder, and what tells the levels apart."""
+    """Encoder and decoder, which the model calls one by one, and what tells the levels apart."""
 
     def __init__(self, d_model: int, num_levels: int, encoder: DeformableTransformerEncoder,
                  decoder: DeformableTransformerDecoder) -> None:
@@ -85,6 +93,7 @@ class DeformableTransformerDecoder(nn.Module):
     """Decoder layers, each of which looks around the boxes of the one before."""
 
     def __init__(self, num_layers: int, d_model: int, *layer: Any) -> None:
+        """``layer``: what ``DeformableTransformerDecoderLayer`` takes after ``d_model``."""
         super().__init__()
         self.layers = nn.ModuleList(DeformableTransformerDecoderLayer(d_model, *layer) for _ in range(num_layers))
         self.ref_point_head = MLP(2 * d_model, d_model, d_model, 2)
@@ -124,6 +133,7 @@ class DABDeformableDETR(nn.Module):
         class_head, box_head = focal_heads(d_model, num_classes)
         self.class_embed, self.bbox_embed = (nn.ModuleList(copy.deepcopy(head) for _ in range(layers))
                                              for head in (class_head, box_head))
+        # As published, from Deformable DETR, though anchors have a size: first boxes are an eighth of the image wide.
         nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)                         # type: ignore[arg-type]
         transformer.decoder.bbox_embed = self.bbox_embed            # published files have it under both names
         self.tgt_embed, self.refpoint_embed = nn.Embedding(num_queries, d_model), nn.Embedding(num_queries, 4)
@@ -133,7 +143,7 @@ class DABDeformableDETR(nn.Module):
         self.num_classes, self.aux_loss, self.finer = num_classes, aux_loss, finer
         self.noising, self.takes_targets = noising, noising is not None
         if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)                 # as DINO's, with a row "unknown"
+            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """Contents ``[Q, D]`` and anchors ``[Q, 4]`` before the sigmoid: all anchors, or all with the first pattern added
@@ -156,7 +166,7 @@ class DABDeformableDETR(nn.Module):
         return for_mask_head(self.steps(samples, targets))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
-        """From left to right."""
+        """Backbone, levels, encoder, queries, decoder with its heads."""
         images = as_nested_tensor(samples)
         features = list(self.backbone[-2](images).values())
         maps = project(self.input_proj, features[self.finer:], images)

@@ -3,6 +3,7 @@
 A query is an anchor, learned and the same for all images at first (section 4.2). What it asks of places is its encoded
 centre, wider or narrower as its width and height tell (section 4.4), and after each layer it has become another box
 (section 4.3). With patterns (Wang et al., 2022, Anchor DETR) several queries that differ in content share each anchor.
+A low temperature makes the map's positions finer (section 4.5); as in the published code, boxes are encoded with DETR's.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from ..reference_points import refine
 from ..set_criterion import every_row
 from ..structures import Outputs, Target
 
-EPS = 1e-3                          # anchors are refined as if they were that far from 0 and 1, as published
+EPS = 1e-3                          # boxes are refined as if at least that far from 0 and 1, as published
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Transformer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """DETR's encoder layers with PReLU; each token scales its position by what it has become."""
+    """DETR's encoder layers with PReLU; each token scales its position by what it has become (so the published code; the
+    paper does not say it)."""
 
     def __init__(self, num_layers: int, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -109,8 +111,12 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Decoder layers, each of which looks from the boxes of the one before. The same normalisation closes each layer's
-    output; boxes move by what the output says before it."""
+    """Decoder layers, each of which looks from the boxes of the one before.
+
+    The box head is applied twice to a layer's output: before the normalisation that closes it, which says where the next
+    layer looks from, and after it, which is the layer's prediction. The latter is a change of the boxes that the layer
+    before passed on with their gradient, while what a layer looks from has none but the learned anchors'.
+    """
     bbox_embed: nn.Module               # the model's box head
 
     def __init__(self, num_layers: int, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
@@ -129,19 +135,21 @@ class TransformerDecoder(nn.Module):
         of the layer that they come from."""
         outputs, references = [], []
         for i, layer in enumerate(self.layers):
+            if i:
+                reference = refine(reference, self.bbox_embed(content).float(), EPS)
             references.append(reference)
-            reference = reference.detach() if i else reference          # a box learns from its own loss, and the next
+            reference = reference.detach() if i else reference
             encoded = encode_boxes(reference, content.shape[-1] // 2).to(memory.dtype)          # [B, Q, 2 * D]
             asked = self.modulated(encoded, reference, content)
             asked = asked * self.query_scale(content) if i else asked
             content = layer(content, self.ref_point_head(encoded), asked, memory, memory_position, mask, attn_mask)
             outputs.append(self.norm(content))
-            reference = refine(reference, self.bbox_embed(content).float(), EPS)
         return torch.stack(outputs), torch.stack(references)
 
     def modulated(self, encoded: Tensor, reference: Tensor, content: Tensor) -> Tensor:
-        """The ``encoded`` centres ``[B, Q, D]`` of the boxes ``reference``, y first, each half by what the query wants of
-        width or height over what its box has: attention reaches less far where that is more (section 4.4)."""
+        """The ``encoded`` centres ``[B, Q, D]`` of the boxes ``reference``: the half of y times what the query wants of
+        height over what its box has, that of x likewise with the width (equations 6 and 7): a wider box is less sure of
+        its centre along x (section 4.4)."""
         width, height = (self.ref_anchor_head(content).sigmoid() / reference[..., 2:]).chunk(2, dim=-1)
         y, x = encoded[..., :content.shape[-1]].chunk(2, dim=-1)
         return torch.cat([y * height, x * width], dim=-1).to(encoded.dtype)
@@ -165,7 +173,7 @@ class DABDETR(nn.Module):
         self.num_classes, self.aux_loss, self.noising, self.takes_targets = (num_classes, aux_loss, noising,
                                                                              noising is not None)
         if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)                 # as DINO's, with a row "unknown"
+            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None = None) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), and the same of the
@@ -179,7 +187,7 @@ class DABDETR(nn.Module):
         return for_mask_head(self.steps(samples, targets))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> Steps:
-        """From left to right."""
+        """Backbone, encoder, queries, decoder, heads."""
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
         src, mask = features[-1].decompose()
         src = self.input_proj(src)

@@ -242,7 +242,7 @@ class DeformableDETR(nn.Module):
         self.num_queries, self.aux_loss, self.two_stage, self.finer = num_queries, aux_loss, two_stage, finer
         self.num_classes, self.noising, self.takes_targets = num_classes, noising, noising is not None
         if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)                 # as DINO's, with a row "unknown"
+            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
 
     @property
     def class_agnostic_head(self) -> nn.Module | None:
@@ -262,7 +262,7 @@ class DeformableDETR(nn.Module):
         return for_mask_head(self.steps(samples, targets))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
-        """From left to right."""
+        """Backbone, levels, encoder, queries, decoder with its heads."""
         images = as_nested_tensor(samples)
         features = list(self.backbone[-2](images).values())
         maps = project(self.input_proj, features[self.finer:], images)

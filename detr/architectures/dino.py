@@ -1,4 +1,4 @@
-"""DINO (Zhang et al., 2023): figure 2 from left to right is ``DINO.forward`` from top to bottom.
+"""DINO (Zhang et al., 2023): figure 2 from left to right is ``DINO.steps`` from top to bottom.
 
 Deformable DETR with boxes as queries (DAB-DETR) that learn by denoising (DN-DETR), and three ideas: contrastive denoising
 (section 3.3; ``denoising.py``), mixed query selection (section 3.4; ``DINOTransformer.propose``), look forward twice
@@ -32,7 +32,7 @@ from ..set_criterion import every_row
 from ..structures import FeatureLevels, Outputs, Target
 from ..two_stage import best, proposing_tokens, warn_of_few
 
-EPS = 1e-3                          # of the logits of boxes
+EPS = 1e-3                          # boxes are refined as if at least that far from 0 and 1, as published
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class DINOConfig(DenoisingConfig, MultiScaleConfig):
     def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""
+        if self.denoising and not self.dn_box_noise_scale:
+            raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give more "
+                             "than 0, or --no_denoising")
         backbone, finer = self.build_maps()
         position = build_position_encoding(self.position_embedding, self.hidden_dim, temperature=self.pe_temperature)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout, self.num_feature_levels)
@@ -79,7 +82,7 @@ class Queries(NamedTuple):
 
 
 class DINOTransformer(nn.Module):
-    """Encoder, query selection, decoder (figure 2)."""
+    """Encoder, query selection, decoder (figure 2), which the model calls one by one."""
 
     def __init__(self, d_model: int, num_levels: int, num_classes: int, num_queries: int,
                  encoder: DeformableTransformerEncoder, decoder: DINODecoder) -> None:
@@ -91,6 +94,7 @@ class DINOTransformer(nn.Module):
         self.tgt_embed = nn.Embedding(num_queries, d_model)
         self.enc_output = nn.Linear(d_model, d_model)
         self.enc_output_norm = nn.LayerNorm(d_model)
+        # Learned contents stay as embeddings begin.
         for part in (encoder, decoder.layers, decoder.ref_point_head, self.enc_output):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
@@ -125,6 +129,7 @@ class DINODecoder(nn.Module):
     head, which published files name once for each layer."""
 
     def __init__(self, num_layers: int, num_classes: int, d_model: int, *layer: Any) -> None:
+        """``layer``: what ``DeformableTransformerDecoderLayer`` takes after ``d_model``."""
         super().__init__()
         self.layers = nn.ModuleList(DeformableTransformerDecoderLayer(d_model, *layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -137,24 +142,26 @@ class DINODecoder(nn.Module):
         """Queries, who of them may not look at whom ``[Q, Q]``, and the encoder's ``memory [B, S, D]`` of ``levels`` ->
         what each layer says, and what has become of the queries ``[B, Q, D]``.
 
-        Look forward twice: where a layer looks from has no gradient, but the boxes it predicts refer to those of the
-        layer before with theirs, so that each layer's change of boxes learns from its own loss and from the next one's
-        (section 3.5, figure 6).
+        Look forward twice: the boxes that a layer looks from have no gradient, but the boxes that it predicts are its
+        change of the boxes of the layer before with theirs, so that each layer's change learns from its own loss and
+        from the next one's (section 3.5, figure 6). As published, a box is passed on by what the content says before the
+        normalisation, and predicted by what it says after it, so that the two differ.
         """
         content, reference = queries
         outputs: list[Outputs] = []
-        begun = reference
-        for layer, class_head, box_head in zip(self.layers, self.class_embed, self.bbox_embed):
-            where = decoder_reference_points(reference, levels)                                 # [B, Q, L, 4]
+        seen, undetached = content, reference
+        for i, (layer, class_head, box_head) in enumerate(zip(self.layers, self.class_embed, self.bbox_embed)):
+            if i:
+                undetached = refine(reference, self.bbox_embed[i - 1](content), EPS)
+                reference = undetached.detach()
+            of_levels = decoder_reference_points(reference, levels)                             # [B, Q, L, 4]
             # As published, boxes are encoded as fractions of the first level with its padding.
-            boxes = reference if levels.exact else where[:, :, 0]
-            position = self.ref_point_head(encode_boxes(boxes, content.shape[-1] // 2).to(content.dtype))
-            content = layer(content, position, where, memory, levels, attn_mask)
+            encoded = encode_boxes(reference if levels.exact else of_levels[:, :, 0], content.shape[-1] // 2)
+            position = self.ref_point_head(encoded.to(content.dtype))
+            content = layer(content, position, of_levels, memory, levels, attn_mask)
             seen = self.norm(content)
-            outputs.append({"pred_logits": class_head(seen), "pred_boxes": refine(begun, box_head(seen), EPS)})
-            begun = refine(reference, box_head(content), EPS)
-            reference = begun.detach()
-        return outputs, self.norm(content)
+            outputs.append({"pred_logits": class_head(seen), "pred_boxes": refine(undetached, box_head(seen), EPS)})
+        return outputs, seen
 
 
 class DINO(nn.Module):
@@ -189,7 +196,7 @@ class DINO(nn.Module):
         return for_mask_head(self.steps(samples, targets))
 
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
-        """From left to right."""
+        """Backbone, levels, encoder, queries, decoder with its heads."""
         images = as_nested_tensor(samples)
         features = list(self.backbone[-2](images).values())
         maps = project(self.input_proj, features[self.finer:], images)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -197,15 +198,20 @@ def class_rows(state_dict: dict[str, Any]) -> int | None:
                  if re.search(r"(^|\.)class_embed(\.\d+)?\.weight$", name)), None)
 
 
+@functools.lru_cache(maxsize=64)                                    # of all presets, each for one number of classes
+def without_weights(model_config: ModelConfig, num_classes: int) -> torch.nn.Module:
+    """The model, for the names and shapes of its tensors alone."""
+    with torch.device("meta"):
+        return model_config.build(num_classes)[0]
+
+
 def classes_that_fit(model_config: ModelConfig, state_dict: dict[str, Any]) -> int | None:
     """With how many classes a model has exactly the names and shapes of a checkpoint; None: with no number."""
     rows = class_rows(state_dict) or 0
     for num_classes in (rows, rows - 1):                            # one row more where "no object" has one
         if num_classes < 1:
             break
-        with torch.device("meta"):
-            model = model_config.build(num_classes)[0]
-        found = checkpoint.differences(model, state_dict)
+        found = checkpoint.differences(without_weights(model_config, num_classes), state_dict)
         if found.missing or found.unexpected:
             break
         if not found.wrong_shape:

@@ -6,10 +6,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import main
 import training
-from detr import checkpoint
+from detr import checkpoint, distributed
 
 ROOT = Path(main.__file__).parent
 SMALL = ("--model tiny_detr --hidden_dim 32 --nheads 2 --dim_feedforward 32 --enc_layers 1 --dec_layers 2 "
@@ -70,3 +71,21 @@ def interrupt_after(monkeypatch, count: int, number: int = signal.SIGTERM) -> No
 
     signalled.left = count
     monkeypatch.setattr(training.StepLog, "write", signalled)
+
+
+def keep_first_gradient(out: str | Path) -> None:
+    """The first gradient that is clipped is written to a file, by the main process."""
+    clip = nn.utils.clip_grad_norm_
+
+    def keeping(parameters, norm):
+        parameters = list(parameters)
+        if not keeping.seen:
+            keeping.seen = True
+            gradients = [p.grad.clone() for p in parameters if p.requires_grad]
+            if distributed.is_main():
+                torch.save(gradients, out)
+        return clip(parameters, norm)
+
+    keeping.seen = False
+    nn.utils.clip_grad_norm_ = keeping
+    training.picture_of_detections = lambda *_: None

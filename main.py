@@ -17,7 +17,7 @@ from torch import nn
 from datasets import build_dataset, collate, published_classes
 from datasets.augment import Mosaic, labels_of
 from datasets.check import HowFar, check
-from datasets.coco import CocoDetection
+from datasets.coco import CocoDetection, OtherClasses
 from datasets.examination import counted, few
 from datasets.formats import coco_layout, recognise
 from datasets.report import write_report
@@ -107,12 +107,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             named = [word for word in unknown if word.startswith("-")] or unknown
-            self.error("unknown: " + "; ".join(f"{word}{config.nearest(word.split('=')[0], flags)}" for word in named))
+            self.error(" ".join(f"unknown: {word}{config.nearest(word.split('=')[0], flags)}" for word in named))
         return known
 
     def error(self, message: str) -> NoReturn:
         """Without argparse's list of all flags, which would push the message off the screen."""
-        self.exit(2, f"{self.prog}: {message}. See --help\n")
+        self.exit(2, f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See --help\n")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -473,8 +473,11 @@ def load_data(settings: Settings) -> tuple[Any, Any, Preprocessing]:
                              channels=settings.model.in_channels, ignore_regions=ignore and split == "train",
                              remove_difficult=data.remove_difficult)
 
-    training = None if evaluated else dataset("train", settings.categories)
-    validation = dataset("val", settings.categories if training is None else training.categories)
+    try:
+        training = None if evaluated else dataset("train", settings.categories)
+        validation = dataset("val", settings.categories if training is None else training.categories)
+    except OtherClasses as error:
+        raise ValueError(f"{error}{remedy_for_classes(settings)}") from None
     return *with_transforms(settings, preprocessing, training, validation), preprocessing
 
 
@@ -502,10 +505,9 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
         if getattr(model, "masks", False) and "masks" not in dataset.target(0):
             raise ValueError(f"the {name} data gives no masks, which --masks needs: {told}")
         if table is not None and list(dataset.categories) != list(table):
-            other = "; for other classes, --finetune it" if settings.run.resume else ""
             raise ValueError(f"the {name} data has the classes {classes_in_words(dataset.categories)}, and "
                              f"{settings.run.resume or 'the training data'} {classes_in_words(table)}: ids and names "
-                             f"have to be the same{other}")
+                             f"have to be the same{remedy_for_classes(settings)}")
         table = dataset.categories
         if name == "training":
             regions = "on" if dataset.ignore_regions else "off"
@@ -517,13 +519,21 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, ignore_regions=regions))
 
 
+def remedy_for_classes(settings: Settings) -> str:
+    """What there is to do about data that has other classes than the checkpoint, for the end of a message."""
+    if settings.run.engine != "pytorch":
+        return "; an exported model keeps its classes: export a checkpoint that has those of the data (scripts/export.py)"
+    return "; for other classes, --finetune it" if settings.run.resume or settings.frozen is not None else ""
+
+
 def classes_in_words(table: Sequence[Category]) -> str:
     """Ids and names of the first classes of a table."""
     return few([f"{category.id} {category.name!r}" for category in table], 8)
 
 
 def with_transforms(settings: Settings, preprocessing: Preprocessing, training: Any, validation: Any) -> tuple[Any, Any]:
-    """The data sets with the transforms that the settings ask for; those that were given stay as they are."""
+    """The data sets with the transforms that the settings ask for; those that were given stay as they are. Training
+    images are normalised by ``collate``: a single one is ``Unscaled``, or float32 with ``--color_jitter``."""
     data = settings.data
     changed = data.aug != "none"                    # a checkpoint may remember what --aug none now switches off
     validation = copy.copy(validation)
@@ -534,7 +544,7 @@ def with_transforms(settings: Settings, preprocessing: Preprocessing, training: 
         "train", preprocessing, scales=None if data.multi_scale else (preprocessing.size,), least_scale=data.least_scale,
         flip=data.flip, crop=data.random_crop, aug=data.aug, color_jitter=data.color_jitter if changed else 0.0,
         scale_jitter=data.scale_jitter if changed else None,
-        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"))
+        no_flip=labels_of(data.no_flip_classes or (), training.categories, "--no_flip_classes"), in_batch=True)
     training, mosaic = copy.copy(training), data.mosaic if changed else 0.0
     training.transforms = None if mosaic else transforms
     if data.fast_images != "off":

@@ -15,7 +15,7 @@ from datasets.formats import recognise
 from datasets.from_python import from_dataset
 from datasets.panoptic_eval import PanopticEvaluator
 from datasets.split import SPLITS
-from datasets.transforms import into_batch
+from datasets.transforms import Unscaled, into_batch
 from detr.coco_classes import published_classes
 from detr.nested_tensor import NestedTensor
 from detr.structures import Category, Target
@@ -113,8 +113,9 @@ def build_evaluators(dataset: CocoDetection, masks: bool = False, folder: str | 
     return [boxes]
 
 
-def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:
-    """Items of a data set -> images padded to one size with the mask of the padding, and the targets as they are."""
+def collate(batch: Sequence[tuple[Tensor | Unscaled, Target]]) -> tuple[NestedTensor, list[Target]]:
+    """Items of a data set -> images padded to one size with the mask of the padding, and the targets as they are. Images
+    that are ``Unscaled`` are normalised here."""
     images: list[Any]
     images, targets = map(list, zip(*batch))
     return into_batch(images), targets

@@ -25,6 +25,10 @@ from detr.structures import Category, Target
 Transforms = Callable[[Any, Target], tuple[Any, Target]]
 
 
+class OtherClasses(ValueError):
+    """Data with classes that are not in the table it is to have."""
+
+
 class CocoDetection(Dataset):
     """The images that ``annotation_file`` lists, with their objects: ``(image, target)``.
 
@@ -196,10 +200,9 @@ class CocoDetection(Dataset):
                       f"same names, by which they are taken; outputs have this data's ids", flush=True)
             return [category._replace(id=own[category.name]) for category in categories]
         if foreign:
-            raise ValueError(f"{self.annotation_file}: categories {few(foreign)} are not in the class table to be "
-                             f"used, which has {few([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
-                             f"data, validation data and checkpoint must have the same ids and names (--finetune takes a "
-                             f"checkpoint to other classes)")
+            raise OtherClasses(f"{self.annotation_file}: categories {few(foreign)} are not in the class table to be "
+                               f"used, which has {few([f'{row.id} {row.name!r}' for row in categories], 8)}; training "
+                               f"data, validation data and checkpoint must have the same ids and names")
         return list(categories)
 
     def _pack_objects(self, rows: list[dict], return_masks: bool) -> list[str]:

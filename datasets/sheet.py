@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from datasets.drawn import Draw, Drawn
 from datasets.examination import counted
 from datasets.images import Picture, height_width
-from datasets.transforms import BOXES, Preprocessing, resize
+from datasets.transforms import BOXES, Preprocessing, Unscaled, resize
 from detr.boxes import box_cxcywh_to_xyxy
 from detr.structures import Target
 
@@ -25,7 +25,7 @@ def sheet(dataset: Any, preprocessing: Preprocessing, names: Mapping[int, str], 
     """Pairs of pictures: an image as it is in ``dataset``, with what is said of it, and as training gets it.
 
     ``dataset`` has ``image(i)`` and ``target(i)``, before transforms, and gives ``dataset[i]`` after them, normalised as
-    ``preprocessing`` says; ``names`` gives names for labels. ``draw`` and ``arrange`` are
+    ``preprocessing`` says or ``Unscaled``; ``names`` gives names for labels. ``draw`` and ``arrange`` are
     ``detr.visualize.draw_detections`` and ``side_by_side``. Shown are the ``images`` with these indices, or else
     ``count`` of them spread evenly over the data set, augmented with the randomness of ``seed``; nobody else's
     randomness changes. Ignore regions are hatched.
@@ -46,13 +46,16 @@ def sheet(dataset: Any, preprocessing: Preprocessing, names: Mapping[int, str], 
     return arrange(rows, ("as in the data", "as in training"), captions)
 
 
-def as_seen(image: Tensor, target: Target, preprocessing: Preprocessing) -> tuple[Tensor, Target]:
-    """The inverse of the last transforms: float ``[C, H, W]`` -> uint8, boxes in fractions -> corners in pixels."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+def as_seen(image: Tensor | Unscaled, target: Target, preprocessing: Preprocessing) -> tuple[Tensor, Target]:
+    """The inverse of the last transforms: float ``[C, H, W]`` -> uint8, boxes in fractions -> corners in pixels. An image
+    that is still to be normalised, in its batch, has its 8 bits."""
     (height, width), target = image.shape[-2:], target.copy()
     for name in BOXES:
         if name in target:
             target[name] = box_cxcywh_to_xyxy(target[name]) * torch.tensor([width, height, width, height])
+    if isinstance(image, Unscaled):
+        return image.planes, target
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return ((image * std + mean) * 255).round().clamp(0, 255).byte(), target
 
 

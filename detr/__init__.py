@@ -57,8 +57,8 @@ def build_model(
         flags = config.typed_flags(model, [*ARCHITECTURES, config.DataConfig]) | flags
         model = getattr(model, "model", None) or "detr_resnet50"
     if model not in PRESETS:
-        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)}; "
-                         f"known are {', '.join(PRESETS)}")
+        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)} "
+                         f"Known are {', '.join(PRESETS)}")
     preset = PRESETS[model]
     if num_classes is None:
         num_classes = 250 if flags.get("dataset_file") == "coco_panoptic" else preset.num_classes

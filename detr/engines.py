@@ -44,6 +44,22 @@ def from_texts(texts: Mapping[str, str]) -> dict[str, Any]:
     return about
 
 
+def runtime(source: str) -> Any:
+    """The package onnxruntime, for ``source``; ImportError where it is missing, which says how to get it."""
+    try:
+        import onnxruntime  # here alone: few need it
+    except ImportError as error:
+        raise ImportError(f"{source}: running an exported model needs the package onnxruntime; pip install onnxruntime"
+                          ) from error
+    return onnxruntime
+
+
+def there(path: str) -> None:
+    """FileNotFoundError where there is no such file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; scripts/export.py makes one of a checkpoint")
+
+
 def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bool = True) -> Any:
     """An ONNX Runtime session of a file or its bytes, with as many threads as PyTorch has here.
 
@@ -51,19 +67,15 @@ def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bo
     it does not have.
     """
     source = model if isinstance(model, str) else "the exported model"
-    try:
-        import onnxruntime  # here alone: few need it
-    except ImportError as error:
-        raise ImportError(f"{source}: running an exported model needs the package onnxruntime; pip install onnxruntime"
-                          ) from error
-    if isinstance(model, str) and not Path(model).is_file():
-        raise FileNotFoundError(f"there is no file {model}; scripts/export.py makes one of a checkpoint")
+    onnxruntime = runtime(source)
+    if isinstance(model, str):
+        there(model)
     device = torch.device(device)
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type != "cpu":
         if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            there = ", ".join(onnxruntime.get_available_providers())
-            raise ValueError(f"--device {device}: this onnxruntime has {there} alone; use --device cpu, or for cuda pip "
+            found = ", ".join(onnxruntime.get_available_providers())
+            raise ValueError(f"--device {device}: this onnxruntime has {found} alone; use --device cpu, or for cuda pip "
                              f"install onnxruntime-gpu")
         index = torch.cuda.current_device() if device.index is None else device.index
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
@@ -79,6 +91,24 @@ def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bo
                          ) from error
 
 
+def metadata(path: str) -> dict[str, str]:
+    """What stands in an ONNX file beside the model. Where the package onnx is there, which takes less than a session, it
+    reads them; else a session does. Raises as ``session``, whose package will be needed to run the model."""
+    runtime(path)
+    there(path)
+    try:
+        import onnx
+    except ImportError:
+        return session(path, optimise=False).get_modelmeta().custom_metadata_map
+    content = Path(path).read_bytes()
+    try:
+        entries = onnx.load_model_from_string(content).metadata_props
+    except Exception as error:              # protobuf's own kinds differ from version to version
+        raise ValueError(f"{path} is damaged or not an ONNX model: {error}; make it anew with scripts/export.py"
+                         ) from error
+    return {entry.key: entry.value for entry in entries}
+
+
 def read(path: str) -> dict[str, Any]:
     """What an exported file says of itself, as a checkpoint would: ``config``, ``categories``, ``num_classes``,
     ``preprocessing`` and more; ``model``, a checkpoint's weights, is empty. Raises as ``session``, and ValueError for a
@@ -86,7 +116,7 @@ def read(path: str) -> dict[str, Any]:
     if not is_exported(path):
         raise ValueError(f"--engine onnxruntime runs files that end with {ENDING}, and --resume is {path}; make one with "
                          f"python scripts/export.py --resume {path} --output model{ENDING}")
-    about = from_texts(session(path, optimise=False).get_modelmeta().custom_metadata_map)
+    about = from_texts(metadata(path))
     if missing := [entry for entry in ("config", "num_classes", "preprocessing") if entry not in about]:
         raise ValueError(f"{path} was not made by scripts/export.py: its metadata has no {', '.join(missing)}")
     return {**about, "model": {}}

@@ -15,8 +15,9 @@ import logging
 import platform
 import re
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,21 @@ POINT_BY_POINT = {"Relu", "MaxPool", "Add", "Mul"}
 WITH_WEIGHTS = {"Conv", "MatMul", "Gemm"}
 
 Run = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
+Tell = Callable[[str], Any]                 # what is done now, in words
+LONG = "half a minute or more for a tiny model, many for a large one"
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+@contextmanager
+def timed(doing: str, tell: Tell) -> Iterator[None]:
+    """Says that something begins and, unless it fails, how long it took."""
+    tell(f"{doing} ...")
+    start = time.perf_counter()
+    yield
+    tell(f"  done in {time.perf_counter() - start:.1f} s")
 
 
 class Exported(nn.Module):
@@ -402,10 +418,10 @@ class Report(NamedTuple):
 
 
 def export(detector: Detector, output: str | Path, pictures: Sequence[Picture], *, form: str = "onnx",
-           postprocess: bool = True, precision: str = "float32", opset: int = 18) -> Report:
+           postprocess: bool = True, precision: str = "float32", opset: int = 18, tell: Tell = silent) -> Report:
     """Write ``detector`` to ``output``. ``pictures`` are what it is compared on; where boxes differ by half a pixel, or
     scores by 1e-3, ValueError is raised and nothing is written. Files of lower precision are made of one that was
-    accepted, and differ by more, which the report says.
+    accepted, and differ by more, which the report says. ``tell`` is given a line before what takes long, and one after.
 
     Raises ValueError also for models without an exported form, and ImportError without the packages.
     """
@@ -413,11 +429,15 @@ def export(detector: Detector, output: str | Path, pictures: Sequence[Picture], 
     if not pictures:
         raise ValueError("the file is compared with PyTorch on pictures: give at least one")
     if form == "pt2":
-        content, gaps = pt2(detector, pictures, postprocess)
+        with timed(f"tracing the model, and comparing what is read back with PyTorch: {LONG}", tell):
+            content, gaps = pt2(detector, pictures, postprocess)
         checkpoint.write_whole(output, lambda opened: opened.write(content))
         return Report(Path(output), len(content), gaps, precision, None, [])
-    model, gaps = accepted(detector, pictures, postprocess, opset)
-    return write_onnx(detector, model, gaps, output, pictures, postprocess, precision)
+    model, gaps = accepted(detector, pictures, postprocess, opset, tell)
+    if precision == "float32":
+        return write_onnx(detector, model, gaps, output, pictures, postprocess)
+    with timed(f"making a file in {precision} of it, and comparing that", tell):
+        return write_onnx(detector, model, gaps, output, pictures, postprocess, precision)
 
 
 def check(form: str, precision: str, opset: int, output: str | Path) -> None:
@@ -433,12 +453,13 @@ def check(form: str, precision: str, opset: int, output: str | Path) -> None:
         raise ValueError(f"--output {output} is a folder; name a file in it")
 
 
-def accepted(detector: Detector, pictures: Sequence[Picture], postprocess: bool = True,
-             opset: int = 18) -> tuple[Any, dict[str, Gap]]:
+def accepted(detector: Detector, pictures: Sequence[Picture], postprocess: bool = True, opset: int = 18,
+             tell: Tell = silent) -> tuple[Any, dict[str, Gap]]:
     """``detector`` as an ``onnx.ModelProto`` in float32 that was compared with it, and the gaps. Raises as ``export``."""
-    model = to_onnx(trace(detector, postprocess), opset, postprocess)
-    gaps = compare(detector, runner(model), pictures, postprocess)
-    accept(gaps, "onnx")
+    with timed(f"tracing the model, translating it to ONNX and comparing it with PyTorch: {LONG}", tell):
+        model = to_onnx(trace(detector, postprocess), opset, postprocess)
+        gaps = compare(detector, runner(model), pictures, postprocess)
+        accept(gaps, "onnx")
     return model, gaps
 
 

@@ -239,8 +239,13 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
 
 
 def pad_masks(targets: Sequence[Target], match: Match) -> Tensor:
-    """Masks of all matched objects, padded to the largest height and width among them: float ``[sum N, H, W]``."""
+    """Masks of all matched objects, in the order of ``matched_queries``, padded with zeros to the largest height and
+    width of the targets: float ``[sum N, H, W]``. Those of unmatched objects, which may be many, are never copied."""
     height, width = (max(target["masks"].shape[d] for target in targets) for d in (1, 2))
-    padded: list[Target] = [{"masks": F.pad(mask.float(), (0, width - mask.shape[2], 0, height - mask.shape[1]))}
-              for mask in (target["masks"] for target in targets)]
-    return matched_targets("masks", padded, match)
+    counts, device = [len(obj) for _, obj in match], targets[0]["masks"].device
+    objects = torch.cat([obj for _, obj in match]).to(device).split(counts)                     # one copy to a GPU
+    padded = torch.zeros(sum(counts), height, width, device=device)
+    for place, target, obj in zip(padded.split(counts), targets, objects):
+        masks = target["masks"]
+        place[:, :masks.shape[1], :masks.shape[2]] = masks[obj]
+    return padded

@@ -63,7 +63,7 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     if name is None:
         name = "detr_resnet50" if given or typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
     if name not in PRESETS:
-        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
+        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)} Known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
@@ -88,12 +88,15 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
         new = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in typed.items() if k in fields}
         if "lr_drop" in new:
             new.setdefault("lr_drop_epochs", None)                      # it takes the place of preset's or checkpoint's
-        changed = [f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
-                   if k in old and old[k] != v]
-        if changed:
-            say(f"changed since {source}: {', '.join(changed)}")
+        changed = {k: f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
+                   if k in old and old[k] != v}
+        elsewhere = [text for k, text in changed.items() if k in PLACES and typed.get("eval")]
+        if elsewhere:                                                   # nothing of the model has changed by that
+            say(f"the evaluation reads other data than {source} names: {', '.join(elsewhere)}")
+        if others := [text for text in changed.values() if text not in elsewhere]:
+            say(f"changed since {source}: {', '.join(others)}")
         if part == "model":
-            of_model = tuple(changed)
+            of_model = tuple(changed.values())
         if part == "model" and before:
             old = once(base) | old
         parts[part] = config.replace(base, old | new)
@@ -140,7 +143,9 @@ def without_places(before: dict[str, Any], typed: dict[str, Any], begun: bool, g
         return {k: v for k, v in before.items() if k not in PLACES or k == "no_flip_classes"}
     for flag, others in (("data", ("coco_path", "coco_panoptic_path")), ("coco_path", ("data", "remove_difficult"))):
         if typed.get(flag) is not None and before.get(others[0]) is not None:
-            say(f"changed since {source}: --{flag} {typed[flag]} takes the place of --{others[0]} {before[others[0]]}")
+            since = f"the evaluation reads other data than {source} names" if typed.get("eval") else \
+                f"changed since {source}"
+            say(f"{since}: --{flag} {typed[flag]} takes the place of --{others[0]} {before[others[0]]}")
             before = {k: v for k, v in before.items() if k not in (flag, *others)}
     return before
 

@@ -101,19 +101,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="The head of this file says what is "
                                      "measured and how.")
     parser.add_argument("--model", nargs="+", default=["detr_resnet50", "deformable_detr_resnet50"],
-                        choices=list_models(), metavar="PRESET")
-    parser.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the models")
-    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+                        choices=list_models(), metavar="PRESET", help="models to measure, one after another, of "
+                        f"{', '.join(list_models())} (default: detr_resnet50 deformable_detr_resnet50)")
+    parser.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the models, as "
+                        "main.py's flags without their dashes: num_queries=100")
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="what is timed: a forward pass "
+                        "in evaluation, or a whole training step (default: both)")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N",
-                        help="images (default: forward 1, train 2; on CUDA forward 1 16, train 16)")
+                        help="images of a batch (default: forward 1, train 2; on CUDA forward 1 16, train 16)")
     parser.add_argument("--size", nargs="+", type=height_and_width, metavar="HxW",
-                        help="(default: forward 800x1066, train 480x640; on CUDA both 800x1066)")
-    parser.add_argument("--objects", type=int, default=7, help="of each image, in training")
-    parser.add_argument("--precision", nargs="+", default=list(AMP), choices=AMP)
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+                        help="of the images in pixels (default: forward 800x1066, train 480x640; on CUDA both 800x1066)")
+    parser.add_argument("--objects", type=int, default=7, help="of each image, in training (default: %(default)s)")
+    parser.add_argument("--precision", nargs="+", default=list(AMP), choices=AMP, help="what all sides compute in "
+                        "(default: both)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ... "
+                        "(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="on CPU (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed, at least 5 for figures to show")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what times are read from, on CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed, at least 5 for figures to show "
+                        "(default: %(default)s)")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what times are read from, on CPU "
+                        "(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="measure compiled models, too, ours and the peers'")
     parser.add_argument("--compare", nargs="*", choices=PEERS, metavar="PEER", help="the same work through installed "
                         f"peers, and ratios: {', '.join(PEERS)} (default: all)")

@@ -52,12 +52,15 @@ Sampler = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="See the head of this file for what is "
                                      "measured and how.")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ... "
+                        "(default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", help="images (default: 1 2 on CPU, 1 2 4 8 16 on CUDA)")
-    parser.add_argument("--shape", nargs="+", default=list(QUERIES), choices=QUERIES)
+    parser.add_argument("--shape", nargs="+", default=list(QUERIES), choices=QUERIES, help="whose queries: one for "
+                        "each token, or 300 (default: both)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"],
-                        help="of the value")
-    parser.add_argument("--paths", nargs="+", choices=[*PATHS, OTHER], help="default: all that run on the device")
+                        help="of the value (default: %(default)s)")
+    parser.add_argument("--paths", nargs="+", choices=[*PATHS, OTHER], help="implementations to time (default: all "
+                        "that run on the device)")
     parser.add_argument("--threads", type=int, help="on CPU (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, help="calls that are timed (default: 5 on CPU, 50 on CUDA)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")

@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_path", type=Path, default=SYNTHETIC, metavar="DIR", help="data in COCO's layout; main.py "
                         "makes the synthetic one when it first trains on it")
     parser.add_argument("--images", type=int, default=300, help="at most so many of the validation images")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     return parser
 

@@ -45,11 +45,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--images", type=int, default=118_000)
-    parser.add_argument("--objects", type=int, default=860_000)
+    parser.add_argument("--images", type=int, default=118_000, help="of the json")
+    parser.add_argument("--objects", type=int, default=860_000, help="of all images together")
     parser.add_argument("--points", type=int, default=20, help="of each object's polygon; 0 leaves segmentations out")
     parser.add_argument("--files", action="store_true", help="time the whole check, too")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is made up")
     return parser
 
 

@@ -51,12 +51,13 @@ COLUMNS = ("collect", "load", "evaluate", "cpu", "peak")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="See the head of this file for what is "
                                      "measured and how.")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="of an image")
+    parser.add_argument("--images", type=int, default=5000, help="that are scored (default: %(default)s)")
+    parser.add_argument("--detections", type=int, default=100, help="of an image (default: %(default)s)")
     parser.add_argument("--masks", action="store_true", help="score masks besides boxes")
-    parser.add_argument("--judges", nargs="+", default=list(JUDGES), choices=JUDGES)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each judge")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--judges", nargs="+", default=list(JUDGES), choices=JUDGES, help="who computes the "
+                        "numbers; others are compared with the first (default: all)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each judge (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     parser.add_argument("--run", help=argparse.SUPPRESS)                        # one run: judge, and where its arrays go
     return parser

@@ -67,12 +67,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--coco_path", type=Path, required=True, help="folder in COCO's layout")
-    parser.add_argument("--split", default="train", choices=["train", "val"])
+    parser.add_argument("--split", default="train", choices=["train", "val"], help="where the images come from")
     parser.add_argument("--images", type=int, default=40, help="from the first, and again where there are fewer")
     parser.add_argument("--batch", type=int, default=2, help="images of a batch")
     parser.add_argument("--workers", type=int, default=0, help="processes that read")
     parser.add_argument("--repeats", type=int, default=7, help="that are timed")
-    parser.add_argument("--what", nargs="+", default=[PUBLISHED, *OURS], choices=[PUBLISHED, *OURS])
+    parser.add_argument("--what", nargs="+", default=[PUBLISHED, *OURS], choices=[PUBLISHED, *OURS],
+                        help="pipelines that take turns")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     return parser
 

@@ -42,13 +42,14 @@ def get_args_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--resume", metavar="CKPT", help="checkpoint of main.py")
-    source.add_argument("--model", choices=list_models(), metavar="NAME", help="preset with random weights")
+    source.add_argument("--model", choices=list_models(), metavar="PRESET", help="with random weights, and so "
+                        f"without AP; of {', '.join(list_models())}")
     parser.add_argument("--coco_path", metavar="DIR", help="data to evaluate on (None: the synthetic)")
     parser.add_argument("--no_ap", action="store_true", help="latency and size alone")
-    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="files to make")
     parser.add_argument("--image_size", nargs=2, type=int, metavar=("H", "W"), help="pixels of the image that is timed, "
                         "and of those that the file is compared on (None: as the checkpoint's preprocessing makes them)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of both engines, on CPU")
     parser.add_argument("--repeats", type=int, default=9, help="calls that are timed, of each kind")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     return parser

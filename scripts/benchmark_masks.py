@@ -55,12 +55,14 @@ TASKS = {"instances": ["naive", "chunked", "naive + rle", "chunked + rle", "chun
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images")
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="as fed")
-    parser.add_argument("--original", type=int, nargs=2, default=[480, 800], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--task", nargs="+", default=list(TASKS), choices=TASKS, help="what is made of the outputs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images of a batch")
+    parser.add_argument("--queries", type=int, default=100, help="masks of each image")
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
+                        help="of images as the model gets them, in pixels")
+    parser.add_argument("--original", type=int, nargs=2, default=[480, 800], metavar=("HEIGHT", "WIDTH"),
+                        help="of the originals, which masks are made for, in pixels")
     parser.add_argument("--chunk", type=int, default=4, help="masks at full size at a time")
     parser.add_argument("--threads", type=int, help="on CPU (None: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=3, help="calls that are timed")

@@ -53,14 +53,16 @@ WEIGHTS = {"softmax": (1, 5, 2), "focal": (2, 5, 2)}
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="See the head of this file for what is "
                                      "measured and how.")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--class_loss", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS), help="of ``layers``")
-    parser.add_argument("--objects", type=int, nargs="+", default=[100], help="of an image")
-    parser.add_argument("--batch", type=int, help="images")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ... "
+                        "(default: %(default)s)")
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, help="what is matched (default: both)")
+    parser.add_argument("--class_loss", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS), help="costs of "
+                        "layers (default: both)")
+    parser.add_argument("--objects", type=int, nargs="+", default=[100], help="of an image (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="images (default: layers 16; proposals 2, on CUDA 16)")
     parser.add_argument("--trained", action="store_true", help="boxes around the objects")
     parser.add_argument("--threads", type=int, help="on CPU (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=7, help="calls that are timed")
+    parser.add_argument("--repeats", type=int, default=7, help="calls that are timed (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     return parser
 

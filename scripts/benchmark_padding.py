@@ -39,13 +39,15 @@ PADDINGS = ("legacy", "exact")
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list_models(), metavar="NAME")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=2, help="images")
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list_models(), metavar="PRESET",
+                        help=f"models to measure, one after another, of {', '.join(list_models())}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--batch", type=int, default=2, help="images of a batch")
     parser.add_argument("--short_side", type=int, default=800, help="pixels of the largest image")
     parser.add_argument("--threads", type=int, help="on CPU (None: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed, of each kind")
-    parser.add_argument("--what", nargs="+", default=["forward", "training step"], choices=["forward", "training step"])
+    parser.add_argument("--what", nargs="+", default=["forward", "training step"], choices=["forward", "training step"],
+                        help="what is timed")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
     return parser
 

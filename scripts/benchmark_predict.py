@@ -38,8 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint that main.py wrote")
     parser.add_argument("--images", nargs="+", type=int, default=[100, 1000], help="numbers of images, one after another")
     parser.add_argument("--seconds", nargs="+", type=int, default=[6, 60], help="lengths of clips, one after another")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch_size", type=int, default=4, help="images or frames at a time")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     return parser
 
 

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import build_dataset
+from datasets import build_dataset, collate
 from datasets.transforms import Preprocessing, make_transforms
 from detr import build_model, checkpoint, distributed, list_models, sharding
 from detr.deformable_attention import MSDeformAttn
@@ -55,9 +55,11 @@ SMALL = {"backbone": "resnet_tiny", "backbone_norm": "group", "hidden_dim": 64, 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT)
-    parser.add_argument("--model", nargs="+", default=list_models(), choices=list_models(), metavar="NAME")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT, help="parts to measure")
+    parser.add_argument("--model", nargs="+", default=list_models(), choices=list_models(), metavar="PRESET",
+                        help=f"for 'sizes', and the first one for 'checkpoint'; of {', '.join(list_models())}")
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
+                        help="for 'sizes': of the image, in pixels")
     parser.add_argument("--coco_path", type=Path, help="for 'data': folder with train2017/ and annotations/")
     parser.add_argument("--images", type=int, default=64, help="for 'data': how many at most")
     parser.add_argument("--folder", type=Path, help="for 'checkpoint' (None: a temporary one)")
@@ -186,10 +188,10 @@ def data(coco_path: Path, most: int) -> dict[str, float]:
     for i in range(count):
         training.image(i)
     decode = (time.process_time() - start) / count
-    training.transforms = make_transforms("train", Preprocessing())
+    training.transforms = make_transforms("train", Preprocessing(), in_batch=True)
     start = time.process_time()
     for i in range(count):
-        training[i]
+        collate([training[i]])
     all_of_it = (time.process_time() - start) / count
     print(f"\n{count} training images of {coco_path}: {1e3 * decode:.1f} ms of a core to decode one, "
           f"{1e3 * all_of_it:.1f} ms with augmentation as published: {1 / all_of_it:.0f} images a second from a core")

@@ -44,12 +44,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["detr_resnet50", "deformable_detr_resnet50"],
-                        choices=list_models(), metavar="NAME")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch", type=int, default=1, help="images")
+                        choices=list_models(), metavar="PRESET",
+                        help=f"models to measure, one after another, of {', '.join(list_models())}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"),
+                        help="of the images, in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images of a batch")
     parser.add_argument("--objects", type=int, default=7, help="of each image")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS, help="of computing the step")
     parser.add_argument("--threads", type=int, default=1, help="on CPU")
     parser.add_argument("--repeats", type=int, default=1, help="steps that are measured")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")

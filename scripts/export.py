@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import main as command_line
 from datasets.images import Picture
 from datasets.synthetic import make_scene
 from detr import sources
-from detr.export import BOX, FORMATS, OPSETS, SCORE, SURE, check, export
+from detr.export import BOX, FORMATS, OPSETS, SCORE, SURE, Report, check, export
 from detr.loading import load
 
 DRAWN = 5
@@ -87,16 +88,25 @@ def main(args: argparse.Namespace) -> None:
     detector = load(args.resume, model=args.model)
     shown = pictures(args.images, detector.channels)
     print(f"model: {detector.name}; weights: {args.resume}; {form}, {precision}; compared with PyTorch on {len(shown)} "
-          f"{'drawn ' if args.images is None else ''}images. Half a minute for a tiny model, many for a large one ...",
-          flush=True)
+          f"{'drawn ' if args.images is None else ''}images", flush=True)
     report = export(detector, args.output, shown, form=form, postprocess=not args.no_postprocess, precision=precision,
-                    opset=args.opset)
-    for shape, gap in report.gaps.items():
-        print(f"  {shape:>18}: {gap}  (allowed: {BOX} px, {SCORE:g})")
+                    opset=args.opset, tell=partial(print, flush=True))
+    for line in in_words(report):
+        print(line)
+
+
+def in_words(report: Report) -> list[str]:
+    """What was compared, each table below the file it is of, and what was written."""
+    written = report.precision == "float32"
+    lines = [f"{report.file} against PyTorch, by batch:" if written else
+             f"float32, not written, of which {report.file} is made, against PyTorch, by batch:"]
+    lines += [f"  {shape:>18}: {gap}  (allowed: {BOX} px, {SCORE:g})" for shape, gap in report.gaps.items()]
     if report.variant is not None:
-        print(f"{precision}: detections that PyTorch is sure of ({SURE} or more) differ by up to {report.variant}; "
-              f"{len(report.float32)} layers stay in float32; evaluate it with main.py --eval --engine onnxruntime")
-    print(f"written: {report.file}, {report.size / 1e6:.1f} MB")
+        lines += [f"{report.file}, {report.precision}, against PyTorch, of detections that PyTorch is sure of ({SURE} or "
+                  f"more), in all batches:", f"  {'at most':>18}: {report.variant}",
+                  f"{len(report.float32)} layers stay in float32; for AP: main.py --eval --engine onnxruntime --resume "
+                  f"{report.file}"]
+    return [*lines, f"written: {report.file}, {report.precision}, {report.size / 1e6:.1f} MB"]
 
 
 if __name__ == "__main__":

@@ -511,6 +511,8 @@ def main(args: argparse.Namespace) -> int:
         "batch_size", "format", "classes", "nms", "one_label_per_query", "tile", "overlap", "whole")})
     check(choice, detector, wanted)
     shown = [threshold, *(f"{name} {value}" for name, value in thresholds.items())]
+    if args.fast == "fp16" and device.startswith("cpu"):
+        print("--fast fp16: processors compute slowly in it; --fast bf16 is what they may be fast in", flush=True)
     if args.fast:
         detector = detector.fast({"float32": "off"}.get(args.fast, args.fast))
     detector.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,11 @@ def test_flags_and_sizes():
         benchmark.get_args_parser().parse_args(["--size", "800"])
     with pytest.raises(TypeError, match="nonsense"):
         benchmark.settings_of(case_of("--flags", "nonsense=1"))
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path(benchmark.__file__).parent.glob("benchmark*.py")))
+def test_every_flag_of_a_benchmark_says_what_it_is(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(benchmark.__file__).parent))           # as for a program that is run
+    module = importlib.import_module(f"scripts.{name}")
+    parser = (getattr(module, "get_args_parser", None) or module.build_parser)()
+    assert [action.dest for action in parser._actions if not action.help] == []

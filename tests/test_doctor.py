@@ -103,7 +103,7 @@ def test_values_that_are_no_numbers(doctor, data, capsys, monkeypatch, where, sa
         to_tensor = main.make_transforms
 
         def make_transforms(split, *args, **kwargs):
-            steps = to_tensor(split, *args, **kwargs)
+            steps = to_tensor(split, *args, **{**kwargs, "in_batch": False})
             steps.transforms.append(lambda image, target: (image * torch.nan, target))
             return steps
         monkeypatch.setattr(main, "make_transforms", make_transforms)

@@ -181,6 +181,49 @@ def test_the_engine_scores_as_pytorch_does(dense, tmp_path):
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-4)
 
 
+def test_metadata_is_read_without_a_session(dense, tmp_path, monkeypatch):
+    """And by one where the package onnx is missing; what is no model is an error either way."""
+    _, report = dense
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(report.file.read_bytes()[:-1000])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)
+        by_session = engines.read(str(report.file))
+        with pytest.raises(ValueError, match="broken.onnx is damaged"):
+            engines.read(str(broken))
+    monkeypatch.setattr(engines, "session", lambda *_, **__: pytest.fail("a session was built"))
+    assert engines.read(str(report.file)) == by_session and by_session["num_classes"] == 5
+    with pytest.raises(ValueError, match="broken.onnx is damaged or not an ONNX model"):
+        engines.read(str(broken))
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.onnx"):
+        engines.read(str(tmp_path / "none.onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match="pip install onnxruntime"):
+        engines.read(str(report.file))
+
+
+def test_other_data_is_no_change_of_an_exported_model(dense, tmp_path, monkeypatch, capsys):
+    _, report = dense
+    about = engines.read(str(report.file))
+    about["config"]["data"] |= {"coco_path": "there"}
+    typed = {"eval": True, "engine": "onnxruntime", "resume": "m.onnx"}
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "read", lambda _: about)
+        decide(typed | {"coco_path": "here"})
+        decide(typed | {"data": "here"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "m.onnx" in line]
+    assert lines == ["the evaluation reads other data than m.onnx names: --coco_path here (was there)",
+                     "the evaluation reads other data than m.onnx names: --data here takes the place of --coco_path "
+                     "there"]
+    data = small_data(tmp_path)
+    file = data / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace("kind 0", "crimson"))
+    with pytest.raises(ValueError, match="'crimson' are not in .*an exported model keeps its classes") as stop:
+        main.main(main.get_args_parser().parse_args(["--eval", "--engine", "onnxruntime", "--resume", str(report.file),
+                                                     "--num_workers", "0", "--device", "cpu", "--data", str(data)]))
+    assert "--finetune" not in str(stop.value)
+
+
 def test_metadata(dense):
     detector, report = dense
     import onnx
@@ -331,3 +374,30 @@ def test_the_script(tmp_path, capsys):
             run(*words)
     with pytest.raises(FileNotFoundError, match="none.pth"):
         run("--output", "m.onnx")
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_tables_say_which_file_they_are_of(precision):
+    from scripts import export as script
+    variant = None if precision == "float32" else exporting.Gap(1.5, 0.25)
+    report = exporting.Report(Path("m.onnx"), 2_500_000, {"1x3x64x64": exporting.Gap(0.125, 0.0005)}, precision, variant,
+                              ["a", "b"])
+    lines = script.in_words(report)
+    assert lines[-1] == f"written: m.onnx, {precision}, 2.5 MB"
+    above = [lines[i - 1] for i, line in enumerate(lines) if line.startswith("  ")]
+    if precision == "float32":
+        assert above == ["m.onnx against PyTorch, by batch:"] and len(lines) == 3
+    else:
+        assert above[0] == "float32, not written, of which m.onnx is made, against PyTorch, by batch:"
+        assert above[1].startswith("m.onnx, float16, against PyTorch") and "boxes 1.5 px, scores 0.25" in lines[3]
+    assert "boxes 0.12 px, scores 0.0005  (allowed: 0.5 px, 0.001)" in lines[1]
+
+
+def test_what_takes_long_is_said_before_and_after():
+    told = []
+    with exporting.timed("tracing the model", told.append):
+        assert told == ["tracing the model ..."]
+    assert len(told) == 2 and told[1].startswith("  done in ")
+    with pytest.raises(OSError), exporting.timed("comparing", told.append):
+        raise OSError
+    assert len(told) == 3                                               # nothing of a time that tells nothing

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from definitions import giou
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from detr.losses import (
     SoftmaxLabelLoss,
@@ -163,3 +165,30 @@ def test_padded_masks():
         h, w = true[b]["masks"].shape[1:]
         assert torch.equal(mask[:h, :w], true[b]["masks"][o].float())
         assert mask.sum() == true[b]["masks"][o].sum()
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of any tensor that an operation made."""
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.numel() for x in tree_leaves(made)
+                                      if isinstance(x, Tensor) and not x._is_view())])
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+@pytest.mark.parametrize("match", [MATCH, NOTHING], ids=["some", "none"])
+def test_masks_are_chosen_before_they_are_padded(match, dtype):
+    """Bit by bit what padding all and choosing then gives, and nothing larger than the result is made on the way."""
+    true = [{**target, "masks": (target["masks"].float() * 3).to(dtype)} for target in targets((40, 0, 50))]
+    every = torch.cat([F.pad(target["masks"].float(), (0, 14 - target["masks"].shape[2], 0,
+                                                       11 - target["masks"].shape[1])) for target in true])
+    start = torch.tensor([0, 40, 40])
+    wanted = every[torch.cat([obj + first for first, (_, obj) in zip(start, match)])]
+    with Sizes() as made:
+        found = pad_masks(true, match)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted) and found.shape == (sum(
+        len(obj) for _, obj in match), 11, 14)
+    assert made.most == max(found.numel(), len(torch.cat([obj for _, obj in match])))

@@ -265,7 +265,8 @@ def test_as_a_parent():
     ("--num_querys 5", "unknown: --num_querys; did you mean --num_queries?"),
     ("--no_aux_los", "unknown: --no_aux_los; did you mean --no_aux_loss?"),
     ("--learning-rate=1", "unknown: --learning-rate=1"),
-    ("--epoch 5 --batchsize 3", "--epoch; did you mean --epochs?; --batchsize; did you mean --batch_size?"),
+    ("--epoch 5 --batchsize 3", "unknown: --epoch; did you mean --epochs? "
+     "unknown: --batchsize; did you mean --batch_size? See --help"),
     ("--epochs five", "argument --epochs: invalid int value: 'five'"),
     ("--lr_schedule linear", "argument --lr_schedule: invalid choice: 'linear'"),
     ("--resume", "argument --resume: expected one argument")])
@@ -275,6 +276,7 @@ def test_flags_that_are_not_there(line, message, capsys, monkeypatch):
             call(line)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and len(error) < 500       # not argparse's list of all flags
+        assert not {"?.", "?;"} & {error[i:i + 2] for i in range(len(error))}
 
 
 def test_mistakes_end_the_program_with_a_line(monkeypatch):
@@ -429,7 +431,7 @@ def test_classes_that_fit():
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, message", [
-    ("--model tiny_detrr", "--model tiny_detrr is not known; did you mean tiny_detr?; known are detr_resnet50, "),
+    ("--model tiny_detrr", "--model tiny_detrr is not known; did you mean tiny_detr? Known are detr_resnet50, "),
     ("--model tiny_detr --max_size 300", "--max_size has no effect where --image_size is exact"),
     ("--model tiny_deformable_detr --position_embedding_scale 1",
      "--position_embedding_scale has no effect without encoder layers, which alone use positions"),
@@ -668,6 +670,7 @@ def test_checkpoint_of_other_classes(copy, trained):
         write_annotations(copy, split, content)
     message = refused(f"--eval --coco_path {copy} --resume {trained.folder}/checkpoint.pth", ValueError)
     assert "categories 3 'crimson' are not in the class table to be used, which has 3 'red', 7 'blue'" in message
+    assert message.endswith("must have the same ids and names; for other classes, --finetune it")
 
 
 # -- the backbone's first weights -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import training
 from datasets import from_dataset
 from datasets.annotations import COCO_CATEGORIES
 from datasets.formats import recognise
+from datasets.transforms import Unscaled
 from detr import build_model, checkpoint
 from detr.presets import PRESETS
 from detr.settings import fine_tuning
@@ -271,6 +272,8 @@ def test_one_place_of_data_takes_that_of_the_other(tmp_path, capsys):
         assert again["coco_eval_bbox"] == results["coco_eval_bbox"]
         assert (f"--coco_path {moved} takes the place of --data {data}" if other else
                 f"--data {moved} (was {data})") in text
+        assert f"the evaluation reads other data than {file} names: --{flag} {moved}" in text
+        assert f"changed since {file}: --{flag}" not in text
     assert settle(f"--resume {file} --coco_path {moved}").data.data is None
     with pytest.raises(ValueError, match="--data and --coco_path are two places of data"):
         settle(f"--resume {file} --coco_path {moved} --data {moved}")
@@ -597,6 +600,19 @@ def test_training_is_repeated_bit_by_bit(plain, crowded, trained, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("flags", ["", "--mosaic 0.5 "])
+@pytest.mark.usefixtures("no_pictures")
+def test_normalising_in_the_batch_changes_no_bit(flags, crowded, trained, tmp_path, monkeypatch):
+    """The training reads images of 8 bits, and learns what it learns from those that are normalised one by one."""
+    line = STEP + f"--finetune {trained['deformable']} --data {crowded} {flags}"
+    image, _ = seen_by_training(f"{line}--output_dir {tmp_path}/seen", monkeypatch)[0]
+    assert isinstance(image, Unscaled) and image.planes.dtype == torch.uint8
+    found = losses(line, tmp_path / "in_batch")[0]
+    made = main.make_transforms
+    monkeypatch.setattr(main, "make_transforms", lambda *args, **kwargs: made(*args, **{**kwargs, "in_batch": False}))
+    assert losses(line, tmp_path / "alone")[0] == found
+
+
 def test_ignore_regions_need_regions(trained, tmp_path):
     data = make(tmp_path / "data", {1: "left", 4: "right"})
     line = STEP + f"--finetune {trained['deformable']} --data {data} --ignore_regions "
@@ -622,7 +638,8 @@ def test_no_augmentation_is_what_evaluation_gets(crowded, trained, tmp_path, mon
         training = seen_by_training(flags, monkeypatch)
         image, target = training[3]
         wanted = main.make_transforms("val", main.Preprocessing(64, 100))(training.image(3), training.target(3))
-        assert torch.equal(image, wanted[0]) and same(target, wanted[1])
+        fed, _ = main.collate([(image, target)])
+        assert torch.equal(fed.tensors[0], wanted[0]) and same(target, wanted[1])
 
 
 def test_classes_that_are_not_mirrored(crowded, trained, monkeypatch, tmp_path):

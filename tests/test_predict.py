@@ -219,6 +219,14 @@ def outputs_of(path: Path, image: dict, settings: DETRConfig = MASKS):
     return outputs, torch.tensor([[image["height"], image["width"]]]), torch.tensor([tensor.shape[-2:]]), postprocessors
 
 
+@pytest.mark.parametrize("precision, said", [("fp16", 1), ("bf16", 0), ("float32", 0)])
+def test_a_precision_that_processors_are_slow_in(script, trained, photos, capsys, precision, said):
+    call(script, "photos/*", "--resume", trained, "--fast", precision, "--device", "cpu", "--output_dir", "out")
+    text = capsys.readouterr().out
+    assert text.count("--fast fp16: processors compute slowly in it; --fast bf16 is what they may be fast in") == said
+    assert f"prepared in {precision}" in text
+
+
 def test_masks_are_the_evaluations(script, trained_masks, photos):
     trained = trained_masks("coco")
     call(script, "photos/*", "--resume", trained, "--threshold", "0", "--output_dir", "out")

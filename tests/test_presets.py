@@ -165,7 +165,7 @@ def test_flags_that_do_not_exist_or_fit(flags, message):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match="model 'detr_resnet_50' is not known; did you mean detr_resnet50?.*known are "
+    with pytest.raises(ValueError, match="model 'detr_resnet_50' is not known; did you mean detr_resnet50\\? Known are "
                                          "detr_resnet50, detr_resnet50_dc5"):
         build_model("detr_resnet_50")
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datasets.augment import Mosaic
 from datasets.coco import CocoDetection
 from datasets.sheet import as_seen, hatched, picture, sheet
-from datasets.transforms import Preprocessing, make_transforms, resize
+from datasets.transforms import BOXES, Preprocessing, make_transforms, resize
 from detr import visualize
 
 NAMES = {0: "ring", 1: "left shoe"}
@@ -29,12 +29,15 @@ def test_what_training_sees_can_be_undone(kind, channels):
         assert torch.equal(image, expected if kind == "tensor" else pil_to_tensor(expected))
         for name in ("boxes", "ignore"):
             torch.testing.assert_close(target[name], same[name], atol=1e-3, rtol=0)
+        later, of_later = as_seen(*make_transforms("val", preprocessing, in_batch=True)(*data[i]), preprocessing)
+        assert torch.equal(later, image) and all(torch.equal(of_later[name], target[name]) for name in BOXES)
 
 
-def test_pairs_of_what_is_and_what_training_gets():
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_pairs_of_what_is_and_what_training_gets(in_batch):
     """All that is drawn, caught on its way: pictures, boxes, labels, masks."""
     preprocessing = Preprocessing(48, 70)
-    transforms = make_transforms("train", preprocessing)
+    transforms = make_transforms("train", preprocessing, in_batch=in_batch)
 
     class Items(Rectangles):
         def __getitem__(self, i):

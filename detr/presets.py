@@ -31,7 +31,8 @@ PVTS = ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large", "pvt_v2_b0", "pvt_v2
 # Ours, for a CPU: learns from random weights.
 TINY_RECIPE = TrainConfig(lr=2e-3, batch_size=16, epochs=13, lr_schedule="cosine", warmup_steps=100, ema_decay=0.998,
                           amp="auto", eval_every=4, loss_normalizer="global")
-DENSE_RECIPE = replace(TINY_RECIPE, lr=1e-3, epochs=50)         # queries that have to find their places in one map
+# For queries that have to find their places in one map, which takes many steps.
+DENSE_RECIPE = replace(TINY_RECIPE, lr=5e-4, batch_size=4, lr_batch=4, epochs=50)
 TINY_DATA = DataConfig(image_size="160x160", multi_scale=False, random_crop=False, ignore_regions="on")
 
 
@@ -98,10 +99,11 @@ PRESETS: dict[str, Preset] = {
         ConditionalDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=5e-4,
                               padding="exact", enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4,
                               dropout=0.0, num_queries=100),
-        replace(DENSE_RECIPE, lr=5e-4, batch_size=4, lr_batch=4), TINY_DATA),
+        DENSE_RECIPE, TINY_DATA),
     "tiny_dab_detr": Preset(
-        DABDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3, padding="exact",
-                      enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, num_queries=100),
+        DABDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=5e-4, padding="exact",
+                      enc_layers=1, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4, num_queries=10,
+                      num_patterns=10),
         DENSE_RECIPE, TINY_DATA),
     "tiny_dab_deformable_detr": Preset(
         DABDeformableDETRConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3,
@@ -111,6 +113,6 @@ PRESETS: dict[str, Preset] = {
     "tiny_dino": Preset(
         DINOConfig(backbone="resnet_tiny", backbone_norm="batch", from_scratch=True, lr_backbone=2e-3, padding="exact",
                    num_feature_levels=3, enc_layers=0, dec_layers=2, dim_feedforward=256, hidden_dim=128, nheads=4,
-                   num_queries=30, dn_number=50),
+                   num_queries=100, dn_number=50),
         TINY_RECIPE, TINY_DATA),
 }

@@ -32,14 +32,15 @@ class ProjectedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 attn_mask: Tensor | None = None, need_weights: bool = False,
                 prior: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``query [B, Q, E]`` and ``key [B, S, E]``, head after head, and ``value [B, S, D]``; ``key_padding_mask`` bool
-        ``[B, S]``, True on padding; ``attn_mask`` bool ``[Q, S]``, True where a query may not look; ``prior [B, Q, S]``,
-        added to the scores of all heads before the softmax. Returns the output ``[B, Q, D]`` and the weights
-        ``[B, Q, S]``, averaged over heads and before dropout, or None where nobody asked for them.
+        """``query [B, Q, E]`` and ``key [B, S, E]``, head after head, and ``value [B, S, D]`` (``E`` is D, or 2 D where
+        places stand beside contents); ``key_padding_mask`` bool ``[B, S]``, True on padding; ``attn_mask`` bool
+        ``[Q, S]``, True where a query may not look; ``prior [B, Q, S]``, added to the scores of all heads before the
+        softmax. Returns the output ``[B, Q, D]`` and the weights ``[B, Q, S]``, averaged over heads and before dropout,
+        or None where nobody asked for them.
 
         A query that may look nowhere (a row that is all padding) gets zeros, not NaN.
         """
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                       # [B, M, Q or S, D/M]
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                      # [B, M, Q or S, E/M or D/M]
                    for x in self.project(query, key, value))
         allowed = None
         if key_padding_mask is not None and may_pad(key_padding_mask):

@@ -378,10 +378,11 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         say("saved: " + ", ".join(str(folder / file) for file in files) if folder else
             "nothing was saved; --output_dir DIR would keep the predictions as json, and a report")
         return results
-    crowded = [n for n in map(len, training.labels_of_images()) if n > settings.model.num_queries]
+    queries = settings.model.queries
+    crowded = [n for n in map(len, training.labels_of_images()) if n > queries]
     if crowded and (given or panoptic):                             # of other data check_data has said it
-        say(f"{counted(len(crowded), 'training image')} with more objects than the {settings.model.num_queries} queries "
-            f"can find, up to {max(crowded)}: --num_queries {max(crowded)} would do for all")
+        say(f"{counted(len(crowded), 'training image')} with more objects than the {queries} queries can find, up to "
+            f"{max(crowded)}: --num_queries {-(-max(crowded) * settings.model.num_queries // queries)} would do for all")
     names = {category.label: category.name for category in training.categories}
     say("augmentation: " + "; ".join(describe(training, names)))
     if settings.run.show_batch and distributed.is_main():
@@ -523,7 +524,9 @@ def remedy_for_classes(settings: Settings) -> str:
     """What there is to do about data that has other classes than the checkpoint, for the end of a message."""
     if settings.run.engine != "pytorch":
         return "; an exported model keeps its classes: export a checkpoint that has those of the data (scripts/export.py)"
-    return "; for other classes, --finetune it" if settings.run.resume or settings.frozen is not None else ""
+    if settings.frozen is not None:
+        return "; for other classes, --finetune the box model first, and freeze what comes of it"
+    return "; for other classes, --finetune it" if settings.run.resume else ""
 
 
 def classes_in_words(table: Sequence[Category]) -> str:
@@ -565,7 +568,7 @@ def check_data(settings: Settings) -> None:
     """Look through the data and say in brief what is wrong with it. Raises ValueError where training must not begin."""
     model, data, masks = settings.model, settings.data, getattr(settings.model, "masks", False)
     found = recognise(data.data) if data.data else coco_layout(data.coco_path)
-    report = check(found, model.num_queries, masks=masks, channels=model.in_channels, parts=("train", "val"),
+    report = check(found, model.queries, masks=masks, channels=model.in_channels, parts=("train", "val"),
                    progress=HowFar("data check: image headers read"))
     if report.stops:
         place = data.data or f"--coco_path {data.coco_path}"

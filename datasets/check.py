@@ -371,7 +371,8 @@ def _of_objects(part: _Part, num_queries: int | None) -> Iterator[Finding]:
         most = int(counts.max())
         yield part.finding("images with more objects than queries", NOTE,
                            f"{counted(len(full), 'image')} with more than {num_queries} objects, up to {most}; a model "
-                           f"of {num_queries} queries finds no more than these: give --num_queries {most} or more",
+                           f"of {num_queries} queries finds no more than these: give --num_queries {most} or more (of "
+                           f"models with --num_patterns, each query counts as many times)",
                            [f"{part.named(i)}: {counts[i]} objects" for i in full[:EXAMPLES]], len(full))
 
 

@@ -54,6 +54,16 @@ class ModelConfig:
     bbox_loss_coef: float = flag(5, "weight of the L1 box loss")
     giou_loss_coef: float = flag(2, "weight of the generalized IoU loss")
 
+    @property
+    def queries(self) -> int:
+        """How many objects an image can have."""
+        return self.num_queries
+
+    @property
+    def heads_of_layers(self) -> bool:
+        """Whether each decoder layer refines boxes with heads of its own."""
+        return False
+
     def build(self, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -81,6 +81,9 @@ def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_q
             generator: torch.Generator | None = None) -> Denoising | None:
     """Denoising queries for ``targets``, to stand before ``num_queries`` others; None where no image has objects.
     ``noise`` is drawn (``draw_noise``) where it is not given."""
+    if noising.contrastive and not noising.box_scale:
+        raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give more than "
+                         "0, or --no_denoising")
     counts = [len(target["labels"]) for target in targets]
     most, total, device = max(counts, default=0), sum(counts), targets[0]["boxes"].device
     if not most:
@@ -92,21 +95,21 @@ def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_q
         raise ValueError(f"noise is for {len(noise.chance)} queries, and {groups} groups of {total} objects have "
                          f"{blocks * total}: draw it for that many")
 
-    def there(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)              # nothing on the CPU waits for the device
+    def on_device(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)              # copies are small: what is queued there goes on meanwhile
 
     # A wrong label is the matcher's to complain about.
     labels = torch.cat([target["labels"] for target in targets]).clamp(0, num_classes - 1).repeat(blocks)
-    drawn = there(drawn_labels(noise, noising.label_ratio))
+    drawn = on_device(drawn_labels(noise, noising.label_ratio))
     labels = torch.where(drawn < 0, labels, drawn)                                                      # [n]
     boxes = torch.cat([target["boxes"] for target in targets]).repeat(blocks, 1)                        # [n, 4]
     boxes = (noised_corners if noising.contrastive else noised_centres)(
-        boxes, noising.box_scale * there(signed(noise, total, parts)).to(boxes.dtype))
+        boxes, noising.box_scale * on_device(signed(noise, total, parts)).to(boxes.dtype))
 
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))                           # [total]
     place = torch.cat([torch.arange(count) for count in counts])                                        # [total]
     query = (most * torch.arange(blocks)[:, None] + place).flatten()                                    # [n]
-    at, shape = (there(image.repeat(blocks)), there(query)), (len(counts), blocks * most)
+    at, shape = (on_device(image.repeat(blocks)), on_device(query)), (len(counts), blocks * most)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[at] = False
     of_query, of_box = labels.new_zeros(shape), boxes.new_full((*shape, 4), 0.5)

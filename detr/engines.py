@@ -54,7 +54,7 @@ def runtime(source: str) -> Any:
     return onnxruntime
 
 
-def there(path: str) -> None:
+def refuse_missing(path: str) -> None:
     """FileNotFoundError where there is no such file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; scripts/export.py makes one of a checkpoint")
@@ -69,7 +69,7 @@ def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bo
     source = model if isinstance(model, str) else "the exported model"
     onnxruntime = runtime(source)
     if isinstance(model, str):
-        there(model)
+        refuse_missing(model)
     device = torch.device(device)
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type != "cpu":
@@ -92,10 +92,10 @@ def session(model: str | bytes, device: torch.device | str = "cpu", optimise: bo
 
 
 def metadata(path: str) -> dict[str, str]:
-    """What stands in an ONNX file beside the model. Where the package onnx is there, which takes less than a session, it
-    reads them; else a session does. Raises as ``session``, whose package will be needed to run the model."""
+    """What stands in an ONNX file beside the model, read by the package onnx; without that, by a session, which takes
+    longer and finds the same. Raises as ``session``, whose package will be needed to run the model."""
     runtime(path)
-    there(path)
+    refuse_missing(path)
     try:
         import onnx
     except ImportError:

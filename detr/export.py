@@ -434,9 +434,7 @@ def export(detector: Detector, output: str | Path, pictures: Sequence[Picture], 
         checkpoint.write_whole(output, lambda opened: opened.write(content))
         return Report(Path(output), len(content), gaps, precision, None, [])
     model, gaps = accepted(detector, pictures, postprocess, opset, tell)
-    if precision == "float32":
-        return write_onnx(detector, model, gaps, output, pictures, postprocess)
-    with timed(f"making a file in {precision} of it, and comparing that", tell):
+    with timed(f"writing it in {precision}" + ", and comparing that" * (precision != "float32"), tell):
         return write_onnx(detector, model, gaps, output, pictures, postprocess, precision)
 
 

@@ -391,7 +391,10 @@ def detector(build: Build, shape: Layout, state_dict: Mapping[str, Any], source:
         model = build(before.classes, before.queries or 1)
     model = getattr(model, "detr", model)
     weights = {name.removeprefix(DETECTOR): value for name, value in state_dict.items() if name.startswith(DETECTOR)}
-    checkpoint.load_model(model, weights or state_dict, source)
+    fresh = model.state_dict()
+    given = {name: value for name, value in (weights or state_dict).items() if name in fresh or not _of_denoising(name)}
+    begun = {name: value for name, value in fresh.items() if _of_denoising(name) and name not in given}
+    checkpoint.load_model(model, given | begun, source)
     return model
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Mapping
@@ -90,7 +89,7 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
             new.setdefault("lr_drop_epochs", None)                      # it takes the place of preset's or checkpoint's
         changed = {k: f"--{k} {config.shown(v)} (was {config.shown(old[k])})" for k, v in new.items()
                    if k in old and old[k] != v}
-        elsewhere = [text for k, text in changed.items() if k in PLACES and typed.get("eval")]
+        elsewhere = [text for k, text in changed.items() if k in PLACES and k != "remove_difficult" and typed.get("eval")]
         if elsewhere:                                                   # nothing of the model has changed by that
             say(f"the evaluation reads other data than {source} names: {', '.join(elsewhere)}")
         if others := [text for text in changed.values() if text not in elsewhere]:
@@ -203,7 +202,6 @@ def class_rows(state_dict: dict[str, Any]) -> int | None:
                  if re.search(r"(^|\.)class_embed(\.\d+)?\.weight$", name)), None)
 
 
-@functools.lru_cache(maxsize=64)                                    # of all presets, each for one number of classes
 def without_weights(model_config: ModelConfig, num_classes: int) -> torch.nn.Module:
     """The model, for the names and shapes of its tensors alone."""
     with torch.device("meta"):
@@ -273,8 +271,7 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
                              f"leave it out")
     if run.backbone_weights and run.pretrained_backbone:
         raise ValueError("--backbone_weights and --pretrained_backbone contradict each other; choose one")
-    refines = getattr(model, "with_box_refine", False) or getattr(model, "heads_of_layers", False)
-    if refines and not model.aux_loss and not run.eval:
+    if model.heads_of_layers and not model.aux_loss and not run.eval:
         raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
                          "though each layer refines the boxes of the one before: leave --no_aux_loss out")
 
@@ -341,16 +338,16 @@ def without_effect(settings: Settings) -> list[tuple[str, bool, str]]:
             ("frozen_weights", run.eval, "with --eval: all weights are those of --resume"),
             ("cache_mode", data.cache_mode and run.eval, "with --eval, which reads each image once"),
             *[(flag, without_encoder, "without encoder layers, which alone use positions")
-              for flag in ("position_embedding", "position_embedding_scale")],
-            ("pe_temperature", without_encoder, "without encoder layers, which alone use positions"),
+              for flag in ("position_embedding", "position_embedding_scale", "pe_temperature")],
             *[(flag, settings.model.position_embedding == "learned", "with --position_embedding learned, which has none")
               for flag in ("pe_temperature", "position_embedding_scale")],
             *[(flag, not getattr(settings.model, "denoising", False), "without --denoising")
               for flag in ("dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")],
-            *[(flag, useless, why) for flag in ("denoising", "dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")
-              for useless, why in ((run.eval, "with --eval, which denoises nothing"),
-                                   (bool(getattr(settings.model, "frozen_weights", None)),
-                                    "with --frozen_weights, whose detector does not learn"))],
+            *[(flag, run.eval, "with --eval, which denoises nothing")
+              for flag in ("dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")],
+            *[(flag, bool(getattr(settings.model, "frozen_weights", None)),
+               "with --frozen_weights, whose detector does not learn")
+              for flag in ("denoising", "dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")],
             ("lr_batch", train.lr_rule == "none", "with --lr_rule none"),
             ("skip_at_most", train.non_finite == "stop", "with --non_finite stop"),
             ("amp", run.eval and train.amp != "off", "with --eval, which computes in float32"),

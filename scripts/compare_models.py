@@ -154,7 +154,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 facts_of_machine = {"jobs": args.jobs, "threads": args.threads, "num_workers": args.num_workers,
                                     **{name: found[name] for name in ("device", "cpu", "torch")}}
             facts = {"model": model, "seed": seed, "settings": settings.as_dict(), "machine": facts_of_machine,
-                     "more": args.more}
+                     "more": {name: getattr(more, name) for name in sorted(typed)}}
             runs.append(Run(model, seed, Path(args.output_dir) / f"{model}-seed{seed}", flags,
                             json.loads(json.dumps(facts, default=str))))
     return runs
@@ -186,8 +186,8 @@ def done_before(run: Run) -> tuple[int, str]:
             raise ValueError(f"{run.folder} has a training that this script has not made: give another --output_dir")
         return 0, "begins"
     old = json.loads(facts.read_text())
-    made = {name: value for name, value in run.facts.items() if name != "more"}         # whose effect is in the settings
-    if changed := differences({name: old.get(name) for name in made}, made):
+    then, now = ({name: facts.get(name) for name in run.facts} | {"more": more_of(facts)} for facts in (old, run.facts))
+    if changed := differences(then, now):
         more = "; ..." if len(changed) > 4 else ""
         raise ValueError(f"{run.folder} was made with {'; '.join(changed[:4])}{more}: give the same flags, another "
                          f"--output_dir, or delete it")
@@ -197,6 +197,11 @@ def done_before(run: Run) -> tuple[int, str]:
     if is_finished(rows, run.epochs):
         return run.epochs, f"finished before, taken as it is{other}"
     return len(rows), f"goes on, {len(rows)} of {run.epochs} epochs are there{other}"
+
+
+def more_of(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The flags of main.py that all trainings got besides, and their values."""
+    return facts.get("more") or None
 
 
 def is_finished(rows: Sequence[Mapping[str, Any]], epochs: int) -> bool:
@@ -214,8 +219,10 @@ def start(run: Run, threads: int) -> subprocess.Popen:
             fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{run.folder}: another process trains there; wait until it has ended, or end it") from None
-        if not (run.folder / FACTS).is_file():
-            write_facts(run.folder, run.facts | {"revision": code_revision()})
+        facts = json.loads((run.folder / FACTS).read_text()) if (run.folder / FACTS).is_file() else run.facts
+        before = [revision for revision in str(facts.get("revision") or "").split(", ") if revision]
+        if (now := str(code_revision())) not in before:
+            write_facts(run.folder, facts | {"revision": ", ".join([*before, now])})
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         command = [sys.executable, str(MAIN), *run.flags, "--output_dir", str(run.folder), "--resume", "auto"]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -360,15 +367,15 @@ def same_budget(curves: Sequence[Curve]) -> None:
     def budget(curve: Curve) -> dict[str, Any]:
         settings = curve.facts["settings"]
         return {"epochs": settings["train"]["epochs"], "data": settings["data"]["data"],
-                "flags after --": " ".join(curve.facts["more"]) or "none", **curve.facts["machine"]}
+                "flags after --": more_of(curve.facts), **curve.facts["machine"]}
 
     for curve in curves[1:]:
         if other := differences(budget(curve), budget(curves[0])):
             raise ValueError(f"{curve.model}, seed {curve.seed}, does not compare with {curves[0].model}, seed "
                              f"{curves[0].seed}: {'; '.join(other)}; choose by --models, or use two folders")
-    if len(revisions := {str(curve.facts.get("revision")) for curve in curves}) > 1:
-        print(f"trained with different code, revisions {', '.join(sorted(revisions))}: they compare where that changed "
-              f"nothing of theirs")
+    if len(revisions := {revision for curve in curves for revision in str(curve.facts.get("revision")).split(", ")}) > 1:
+        print(f"trained with different code, revisions {', '.join(sorted(revisions))}: they compare only where nothing "
+              f"between these changes a training")
 
 
 def learnings(curves: Sequence[Curve]) -> list[Learning]:

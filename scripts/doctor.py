@@ -729,7 +729,7 @@ def by_heart(report: Report, made: Prepared, images: int, steps: int, step: floa
         return
     with heard(report, "overfit"):
         data = as_in_evaluation(made)
-        places = choose([len(labels) for labels in data.labels_of_images()], images, settings.model.num_queries)
+        places = choose([len(labels) for labels in data.labels_of_images()], images, settings.model.queries)
     train = settings.train
     optimizer = make_optimizer(settings.model.parameter_groups(model, train.lr), train)
     each = step * images / train.batch_size

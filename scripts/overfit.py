@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     mean, std = normalisation(IMAGENET_MEAN, IMAGENET_STD, args.in_channels)
     data = CocoDetection(root / f"{args.split}2017", source, channels=args.in_channels,
                          transforms=eval_transforms(Preprocessing(args.image_size, args.max_size, mean, std)))
-    most = PRESETS[args.model].model.num_queries
+    most = PRESETS[args.model].model.queries
     places = choose([len(labels) for labels in data.labels_of_images()], args.images, most)
     print(f"images: {', '.join(str(data.ids[i]) for i in places)} of {source}: the first by id with 1 to {most} objects",
           flush=True)

@@ -89,9 +89,9 @@ SAYS = {**{f"tiny_detr-{seed}": {"ap": ap, "pace": pace} for seed, (ap, pace) in
         **{f"tiny_deformable_detr-{seed}": {"ap": ap, "pace": 30} for seed, ap in enumerate((0.6, 0.5, 0.8))}}
 
 
-def curve(model="tiny_detr", seed=0, ap=(0.1, 0.2), seconds=(10.0, 20.0), epochs=2, data=None, more=(), revision="a",
+def curve(model="tiny_detr", seed=0, ap=(0.1, 0.2), seconds=(10.0, 20.0), epochs=2, data=None, more=None, revision="a",
           **machine):
-    facts = {"more": list(more), "revision": revision, "settings": {"train": {"epochs": epochs}, "data": {"data": data}},
+    facts = {"more": more or {}, "revision": revision, "settings": {"train": {"epochs": epochs}, "data": {"data": data}},
              "machine": {"jobs": 2, "threads": 1, "num_workers": 0, "device": "CPU", "cpu": "a", "torch": "2"} | machine}
     return compare_models.Curve(model, seed, 1000, [100 * (i + 1) for i in range(len(ap))], list(seconds), list(ap),
                                 [2 * value for value in ap], facts)
@@ -203,7 +203,7 @@ def test_where_all_fail_nothing_is_drawn(trained, tmp_path):
     (["--epochs", "5"], "settings.train.epochs 4, not 5"),
     (["--epochs", "4", "--jobs", "1"], "machine.jobs 2, not 1"),
     (["--epochs", "4", "--threads", "2"], "machine.threads 1, not 2"),
-    (["--epochs", "4", "--", "--lr", "0.1"], "settings.train.lr 0.002, not 0.1"),
+    (["--epochs", "4", "--", "--lr", "0.1"], "settings.train.lr 0.002, not 0.1; more None, not {'lr': 0.1}"),
 ])
 def test_a_training_with_other_settings_is_never_taken(words, changed, trained, tmp_path):
     trained(*TWO, "--seeds", 0)
@@ -305,7 +305,7 @@ def test_an_even_number_of_seeds_and_the_first_epoch_that_reaches_it():
 
 @pytest.mark.parametrize("other, said", [(dict(epochs=3), "epochs 3, not 2"), (dict(jobs=1), "jobs 1, not 2"),
                                          (dict(cpu="b"), "cpu b, not a"), (dict(data="/x"), "data /x, not None"),
-                                         (dict(more=("--lr", "1")), "flags after -- --lr 1, not none")])
+                                         (dict(more={"lr": 1}), "flags after -- {'lr': 1}, not None")])
 def test_other_budgets_are_not_drawn_together(other, said, tmp_path):
     with pytest.raises(ValueError, match=f"tiny_b, seed 4, does not compare with tiny_detr, seed 0: {said}"):
         compare_models.report([curve(), curve("tiny_b", 4, **other)], 1, {}, tmp_path)

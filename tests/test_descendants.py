@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from cases import targets as drawn_targets
-from small_models import NUM_CLASSES, SIZES, build_small, images, targets, unlike_at_first
+from small_models import NUM_CLASSES, SIZES, build_small, images, small_flags, targets, unlike_at_first
 from test_export import where_pytorch_can
 from torch import Tensor, nn
 
 from detr import build_model, checkpoint
 from detr import export as exporting
 from detr.attention_maps import explain
-from detr.finetune import Counts, adapt, counts, freeze, layout, query_usage
+from detr.finetune import Counts, adapt, counts, detector, freeze, layout, query_usage
 from detr.inference import for_prediction
 from detr.loading import load
 from detr.memory import checkpoint_activations
@@ -105,6 +105,29 @@ def test_masks_learn(name):
     assert total.item() < 0.95 * first
     frozen = build_small(name, frozen_weights="x.pth", **MASKS)[0]
     assert all(p.requires_grad == (not key.startswith("detr.")) for key, p in frozen.named_parameters())
+
+
+@pytest.mark.parametrize("had, has", [(False, True), (True, False)])
+def test_usage_of_queries_where_denoising_comes_or_goes(had, has):
+    """A checkpoint's queries are looked at with its own weights, with the table of denoising or without."""
+    def build(denoising):
+        return lambda classes, queries: build_model("dab_detr_resnet50", **small_flags("dab_detr_resnet50") | {
+            "num_classes": classes, "num_queries": queries, "denoising": denoising})[0]
+
+    state = {name: value + 0.01 for name, value in build(had)(4, 7).state_dict().items()}
+    found = detector(build(has), layout(build(has)), state, "old.pth").state_dict()
+    assert ("label_enc.weight" in found) is has
+    assert all(torch.equal(value, found[name]) for name, value in state.items() if name != "label_enc.weight")
+
+
+@pytest.mark.parametrize("name, flags, queries", [("tiny_dab_detr", {}, 100), ("dab_detr_resnet50_dc5_3pat", {}, 900),
+                                                  ("dab_deformable_detr_resnet50", {"num_patterns": 2}, 600),
+                                                  ("conditional_detr_resnet50", {}, 300)])
+def test_how_many_objects_an_image_can_have(name, flags, queries):
+    config = dataclasses.replace(PRESETS[name].model, **flags)
+    assert config.queries == queries
+    model = build_small(name, num_queries=3, **flags)[0].eval()
+    assert model(images((64, 64)))["pred_logits"].shape[1] == dataclasses.replace(config, num_queries=3).queries
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -299,8 +299,8 @@ def test_nothing_is_denoised_in_evaluation():
 
 def test_denoising_without_noise_is_refused():
     with pytest.raises(ValueError, match="--dn_box_noise_scale 0: the same box would have to be found and to be refused"):
-        build_small("tiny_dino", dn_box_noise_scale=0)
-    build_small("tiny_dab_detr", denoising=True, dn_box_noise_scale=0)
+        build_small("tiny_dino", dn_box_noise_scale=0)[0](images((64, 64)), targets(1))
+    build_small("tiny_dab_detr", denoising=True, dn_box_noise_scale=0)[0](images((64, 64)), targets(1))
 
 
 def test_targets_for_other_images_are_refused():

@@ -53,7 +53,8 @@ def test_outputs_are_the_models(name, padding, fused, monkeypatch):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["detr_resnet50", "deformable_detr_resnet50", "deformable_detr_resnet50_box_refine"])
+@pytest.mark.parametrize("name", ["detr_resnet50", "deformable_detr_resnet50", "deformable_detr_resnet50_box_refine",
+                                  "conditional_detr_resnet50", "dab_detr_resnet50", "dab_deformable_detr_resnet50"])
 @torch.no_grad()
 def test_bfloat16_is_near(name):
     model = trained(name)

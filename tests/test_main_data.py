@@ -599,7 +599,6 @@ def test_training_is_repeated_bit_by_bit(plain, crowded, trained, tmp_path):
     assert losses(line, tmp_path / "out")[0] == plain
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("flags", ["", "--mosaic 0.5 "])
 @pytest.mark.usefixtures("no_pictures")
 def test_normalising_in_the_batch_changes_no_bit(flags, crowded, trained, tmp_path, monkeypatch):
@@ -613,6 +612,7 @@ def test_normalising_in_the_batch_changes_no_bit(flags, crowded, trained, tmp_pa
     assert losses(line, tmp_path / "alone")[0] == found
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_ignore_regions_need_regions(trained, tmp_path):
     data = make(tmp_path / "data", {1: "left", 4: "right"})
     line = STEP + f"--finetune {trained['deformable']} --data {data} --ignore_regions "

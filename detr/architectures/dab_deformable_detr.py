@@ -45,6 +45,14 @@ class DABDeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
     dropout: float = flag(0.0, "dropout in the transformer, a probability", least=0)
     num_queries: int = flag(300, "anchors: each is a query, or one for each pattern", least=1)
 
+    @property
+    def queries(self) -> int:
+        return self.num_queries * max(1, self.num_patterns)
+
+    @property
+    def heads_of_layers(self) -> bool:
+        return True
+
     def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""
@@ -60,11 +68,6 @@ class DABDeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
                                  self.num_patterns, self.num_feature_levels, self.aux_loss, finer,
                                  noising if self.denoising else None)
         return self.complete(detr, backbone.exact, [box_loss, cardinality_error])
-
-    @property
-    def heads_of_layers(self) -> bool:
-        """Whether each layer refines boxes with heads of its own."""
-        return True
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss, of every supervised decoder layer."""

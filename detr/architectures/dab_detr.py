@@ -43,6 +43,10 @@ class DABDETRConfig(DenoisingConfig, FocalConfig):
     dropout: float = flag(0.0, "dropout in the transformer, a probability", least=0)
     num_queries: int = flag(300, "anchors: each is a query, or one for each pattern", least=1)
 
+    @property
+    def queries(self) -> int:
+        return self.num_queries * max(1, self.num_patterns)
+
     def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""

@@ -50,6 +50,10 @@ class DeformableDETRConfig(DenoisingConfig, MultiScaleConfig):
     lr_backbone: float = flag(2e-5, "learning rate of the backbone; 0 freezes it", least=0)
     dim_feedforward: int = flag(1024, "width of the feed-forward blocks", least=1)
 
+    @property
+    def heads_of_layers(self) -> bool:
+        return self.with_box_refine
+
     def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""

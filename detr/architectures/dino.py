@@ -49,9 +49,6 @@ class DINOConfig(DenoisingConfig, MultiScaleConfig):
     def build(self, num_classes: int) -> Built:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``. ``frozen_weights``
         freezes all but the mask head; loading that file is left to the caller."""
-        if self.denoising and not self.dn_box_noise_scale:
-            raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give more "
-                             "than 0, or --no_denoising")
         backbone, finer = self.build_maps()
         position = build_position_encoding(self.position_embedding, self.hidden_dim, temperature=self.pe_temperature)
         layer = (self.hidden_dim, self.nheads, self.dim_feedforward, self.dropout, self.num_feature_levels)

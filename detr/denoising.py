@@ -81,9 +81,6 @@ def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_q
             generator: torch.Generator | None = None) -> Denoising | None:
     """Denoising queries for ``targets``, to stand before ``num_queries`` others; None where no image has objects.
     ``noise`` is drawn (``draw_noise``) where it is not given."""
-    if noising.contrastive and not noising.box_scale:
-        raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give more than "
-                         "0, or --no_denoising")
     counts = [len(target["labels"]) for target in targets]
     most, total, device = max(counts, default=0), sum(counts), targets[0]["boxes"].device
     if not most:

@@ -204,6 +204,9 @@ class DINO(nn.Module):
         queries, proposals, invalid = self.transformer.propose(memory, levels)
         noised, attn_mask = None, None
         if self.noising is not None and self.training:
+            if not self.noising.box_scale:
+                raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give "
+                                 "more than 0, or --no_denoising")
             noised = None if targets is None else denoise(targets, self.noising, self.num_classes, self.num_queries)
             content, reference, attn_mask = join(noised, self.label_enc, *queries, EPS)
             queries = Queries(content, reference)

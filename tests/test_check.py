@@ -359,7 +359,7 @@ def test_a_part_that_is_missing(tmp_path, split, what):
 def test_a_training_reads_headers(tmp_path, capsys):
     """And of the test part nothing but which files it lists."""
     folder = one_folder(tmp_path / "data")
-    settings = SimpleNamespace(model=SimpleNamespace(num_queries=100, in_channels=3, masks=False),
+    settings = SimpleNamespace(model=SimpleNamespace(queries=100, in_channels=3, masks=False),
                                data=SimpleNamespace(data=str(folder), coco_path=None))
     main.check_data(settings)
     said = capsys.readouterr().out

@@ -64,6 +64,9 @@ class ModelConfig:
         """Whether each decoder layer refines boxes with heads of its own."""
         return False
 
+    def check_training(self) -> None:
+        """ValueError for what can be evaluated, but not trained."""
+
     def build(self, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
         """Model with random weights, criterion and post-processing, for labels ``0..num_classes-1``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

@@ -271,6 +271,8 @@ def refuse_what_is_not_there(settings: Settings, typed: dict[str, Any], given: b
                              f"leave it out")
     if run.backbone_weights and run.pretrained_backbone:
         raise ValueError("--backbone_weights and --pretrained_backbone contradict each other; choose one")
+    if not run.eval:
+        model.check_training()
     if model.heads_of_layers and not model.aux_loss and not run.eval:
         raise ValueError("--no_aux_loss with box refinement would leave the heads of all layers but the last untrained, "
                          "though each layer refines the boxes of the one before: leave --no_aux_loss out")

@@ -443,6 +443,8 @@ def test_classes_that_fit():
      "--pe_temperature has no effect with --position_embedding learned, which has none"),
     ("--model deformable_detr_resnet50 --coco_path x --position_embedding learned --position_embedding_scale 3",
      "--position_embedding_scale has no effect with --position_embedding learned"),
+    ("--model tiny_dino --dn_box_noise_scale 0", "--dn_box_noise_scale 0: the same box would have to be found and to be "
+     "refused; give more than 0, or --no_denoising"),
     ("--model tiny_dab_detr --dn_number 5", "--dn_number has no effect without --denoising"),
     ("--model tiny_dino --eval --dn_number 5", "--dn_number has no effect with --eval, which denoises nothing"),
     ("--coco_path x --two_stage", "--two_stage: detr_resnet50 has no such option"),

@@ -60,6 +60,11 @@ class DINOConfig(DenoisingConfig, MultiScaleConfig):
                     noising if self.denoising else None, finer)
         return self.complete(detr, backbone.exact, [box_loss, box_parts, cardinality_error], self.num_select)
 
+    def check_training(self) -> None:
+        if self.denoising and not self.dn_box_noise_scale:
+            raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give more "
+                             "than 0, or --no_denoising")
+
     @property
     def finest_stride(self) -> int:
         """Of the maps that become levels where ``--feature_strides`` does not say."""
@@ -204,9 +209,6 @@ class DINO(nn.Module):
         queries, proposals, invalid = self.transformer.propose(memory, levels)
         noised, attn_mask = None, None
         if self.noising is not None and self.training:
-            if not self.noising.box_scale:
-                raise ValueError("--dn_box_noise_scale 0: the same box would have to be found and to be refused; give "
-                                 "more than 0, or --no_denoising")
             noised = None if targets is None else denoise(targets, self.noising, self.num_classes, self.num_queries)
             content, reference, attn_mask = join(noised, self.label_enc, *queries, EPS)
             queries = Queries(content, reference)

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import dropout
-from .nested_tensor import may_pad
 
 
 class ProjectedAttention(nn.Module):
@@ -42,9 +41,7 @@ class ProjectedAttention(nn.Module):
         """
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                      # [B, M, Q or S, E/M or D/M]
                    for x in self.project(query, key, value))
-        allowed = None
-        if key_padding_mask is not None and may_pad(key_padding_mask):
-            allowed = ~key_padding_mask[:, None, None, :]
+        allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
         if attn_mask is not None:
             allowed = ~attn_mask if allowed is None else allowed & ~attn_mask
         added = None if prior is None else prior[:, None]

@@ -275,7 +275,7 @@ def dense_attention(attention: ProjectedAttention, call: dict[str, Any], index: 
     """What one image's queries and tokens were compared as."""
     query, key = (full(x.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1))
                   for x in attention.project(call["query"][index], call["key"][index]))
-    mask = call["mask"][index].cpu()
+    mask = torch.zeros(key.shape[1], dtype=torch.bool) if call["mask"] is None else call["mask"][index].cpu()
     prior = None if call["prior"] is None else full(call["prior"][index])
     return DenseAttention(query, key, mask, prior, grid, extent(mask.unflatten(0, grid), f"the map of image {index}"))
 

@@ -29,7 +29,7 @@ class TransformerDecoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.residual = pre_norm if normalize_before else post_norm
 
-    def forward(self, content: Tensor, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor,
+    def forward(self, content: Tensor, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor | None,
                 query_mask: Tensor | None = None, prior: Tensor | None = None) -> Tensor:
         """``content`` and ``query_position [B, Q, D]``; ``memory [B, S, D]``, and ``memory_key``, the same with its
         positions added; ``mask [B, S]`` True on padding; ``query_mask [B, Q]`` True on queries that are none
@@ -86,7 +86,7 @@ class ConditionalDecoderLayer(nn.Module):
         return self.cross_attn
 
     def forward(self, content: Tensor, query_position: Tensor, query_place: Tensor, memory: Tensor,
-                memory_position: Tensor, mask: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+                memory_position: Tensor, mask: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
         """``content`` and ``query_position [B, Q, D]``, and ``query_place [B, Q, D]``, which is compared with the places
         ``memory_position [B, S, D]`` of ``memory [B, S, D]``; ``mask [B, S]`` True on padding; ``attn_mask
         [Q, Q]`` True where a query may not look at another. Returns the new content ``[B, Q, D]``."""

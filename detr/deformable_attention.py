@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deformable_cpu import sample as sample_on_cpu
-from .nested_tensor import may_pad
 from .structures import FeatureLevels
 
 Shapes = Sequence[tuple[int, int]]
@@ -164,7 +163,7 @@ class MSDeformAttn(nn.Module):
         Offsets are in pixels of a level around points, and in eighths (of 4 points) of the box around boxes.
         """
         value = self.value_proj(tokens)
-        if may_pad(levels.mask):
+        if levels.padded:
             value = value.masked_fill(levels.mask[..., None], 0.0)
         value = value.unflatten(-1, (self.n_heads, -1))
         points = (self.n_heads, self.n_levels, self.n_points)

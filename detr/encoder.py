@@ -26,8 +26,9 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout, self.activation = Dropout(dropout), activation()
         self.residual = pre_norm if normalize_before else post_norm
 
-    def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-        """``tokens [B, S, D]``, ``mask [B, S]`` True on padding, ``position [B, S, D]`` -> ``[B, S, D]``."""
+    def forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
+        """``tokens [B, S, D]``, ``mask [B, S]`` True on padding, None where there is none, ``position [B, S, D]`` ->
+        ``[B, S, D]``."""
         def attend(x: Tensor) -> Tensor:
             q = x + position
             return self.dropout(self.self_attn(q, q, x, key_padding_mask=mask)[0])
@@ -49,7 +50,7 @@ class TransformerEncoder(nn.Module):
                                     for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model) if normalize_before else nn.Identity()
 
-    def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
         for layer in self.layers:
             tokens = layer(tokens, mask, position)
         return self.norm(tokens)

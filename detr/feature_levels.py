@@ -55,7 +55,8 @@ def level(layer: Any, source: NestedTensor, like: NestedTensor | None, images: N
     convolution, norm = layer
     if source.sizes is None:
         x = layer(source.tensors)
-        return NestedTensor(x, resize_mask(images, x.shape[-2:]) if like is None else like.mask)
+        mask = resize_mask(images, x.shape[-2:]) if like is None else like.mask
+        return NestedTensor(x, mask, whole=not images.padded)
     x, sizes = exact_conv(convolution, source.tensors, source.sizes)
     mask = ~valid_mask(sizes, x.shape[-2], x.shape[-1], x.device) if like is None else like.mask
     return NestedTensor(normalised(norm, x, where(x, sizes)), mask, sizes)
@@ -71,7 +72,8 @@ def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], le
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=valid.device)
     return FeatureLevels(torch.cat([x.tensors.flatten(2).mT for x in maps], dim=1),
                          torch.cat([x.mask.flatten(1) for x in maps], dim=1), torch.cat(position, dim=1),
-                         shapes, sizes, valid.clamp(min=1).float(), exact=maps[0].sizes is not None)
+                         shapes, sizes, valid.clamp(min=1).float(), exact=maps[0].sizes is not None,
+                         padded=any(x.padded for x in maps))
 
 
 def level_of(tokens: Tensor, levels: FeatureLevels, index: int) -> Tensor:

@@ -15,19 +15,38 @@ class NestedTensor:
     ``tensors`` is ``[B, C, H, W]``; ``mask`` is bool ``[B, H, W]``, True on padding. ``sizes`` says the same in numbers,
     for code that must not wait for a GPU: (height, width) of what is not padding in each image, from the top left
     corner; None where nobody knows. In a model that is exported, where they are inputs, they are a tensor ``[B, 2]``.
+    ``whole``: the caller knows that nothing is padding, though not the sizes.
     """
 
-    def __init__(self, tensors: Tensor, mask: Tensor, sizes: Sequence[tuple[int, int]] | Tensor | None = None) -> None:
+    def __init__(self, tensors: Tensor, mask: Tensor, sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+                 whole: bool = False) -> None:
         self.tensors = tensors
         self.mask = mask
         self.sizes: Any = sizes if sizes is None or isinstance(sizes, Tensor) else list(sizes)
+        self.whole = whole
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         return NestedTensor(self.tensors.to(device, non_blocking=non_blocking),
-                            self.mask.to(device, non_blocking=non_blocking), self.sizes)
+                            self.mask.to(device, non_blocking=non_blocking), self.sizes, self.whole)
 
     def pin_memory(self) -> NestedTensor:
-        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.sizes)
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.sizes, self.whole)
+
+    @property
+    def padded(self) -> bool:
+        """Whether anything is padding. True, too, where finding out would wait for a GPU, and while a model is compiled
+        or exported, for any batch."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return True
+        if self.whole:
+            return False
+        if isinstance(self.sizes, list):
+            return any(tuple(size) != self.mask.shape[-2:] for size in self.sizes)
+        return self.mask.device.type != "cpu" or bool(self.mask.any())
+
+    def key_padding_mask(self) -> Tensor | None:
+        """The mask as attention takes it, ``[B, H * W]``, or None where nothing is padding: without one it is faster."""
+        return self.mask.flatten(1) if self.padded else None
 
     def extents(self) -> list[tuple[int, int]]:
         """``sizes``, or what the mask says; ValueError where an image is no rectangle at the top left."""
@@ -84,14 +103,6 @@ def as_nested_tensor(samples: NestedTensor | Tensor | Sequence[Tensor]) -> Neste
     if isinstance(samples, NestedTensor):
         return samples
     return nested_tensor_from_tensor_list(list(samples))
-
-
-def may_pad(mask: Tensor) -> bool:
-    """Whether anything in ``mask`` may be padding: its answer where asking costs nothing, on a CPU; True elsewhere, and
-    while a model is compiled or exported."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return bool(mask.any())
 
 
 def resize_mask(images: NestedTensor, size: torch.Size) -> Tensor:

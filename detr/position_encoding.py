@@ -4,7 +4,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .nested_tensor import NestedTensor, may_pad
+from .nested_tensor import NestedTensor
 
 
 def sine_encoding(position: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
@@ -41,7 +41,7 @@ class PositionEmbeddingSine(nn.Module):
 
     def forward(self, features: NestedTensor) -> Tensor:
         """Feature map with its padding mask ``[B, H, W]`` -> float32 ``[B, 2 * num_pos_feats, H, W]``."""
-        if not may_pad(features.mask):
+        if not features.padded:
             batch, height, width = features.mask.shape
             return self.of_grid(batch, height, width, features.mask.device)
         valid = ~features.mask

@@ -102,6 +102,7 @@ class FeatureLevels(NamedTuple):
     sizes: Tensor                       # [L, 2] width and height of each level
     valid_sizes: Tensor                 # [B, L, 2] width and height of what is not padding, at least 1
     exact: bool = False                 # whether an image is to get the same in any batch
+    padded: bool = True                 # False where nothing is known to be padding
 
     @property
     def valid_ratios(self) -> Tensor:

@@ -103,7 +103,7 @@ def test_the_whole_transformer(pre):
     transformer = randomize(Transformer(D, M, 2, 3, FF, normalize_before=pre))
     assert hasattr(transformer.encoder.norm, "weight") == pre   # only pre-norm leaves something to normalise at the end
     src, pos, queries = randn(B, D, H, W), randn(B, D, H, W), randn(Q, D)
-    hs, memory = transformer(src, PADDING.view(B, H, W), queries, pos)
+    hs, memory = transformer(src, PADDING, queries, pos)
     assert hs.shape == (3, B, Q, D) and memory.shape == (B, D, H, W)
 
     def reference(layer):
@@ -126,9 +126,9 @@ def test_the_whole_transformer(pre):
 @pytest.mark.parametrize("pre", [False, True])
 def test_what_lies_in_the_padding_does_not_matter(pre):
     transformer = randomize(Transformer(D, M, 2, 2, FF, normalize_before=pre))
-    src, pos, queries, mask = randn(B, D, H, W), randn(B, D, H, W), randn(Q, D), PADDING.view(B, H, W)
+    src, pos, queries, mask = randn(B, D, H, W), randn(B, D, H, W), randn(Q, D), PADDING
     hs, memory = transformer(src, mask, queries, pos)
-    padding = mask[:, None].expand_as(src)
+    padding = mask.view(B, 1, H, W).expand_as(src)
     changed_hs, changed = transformer(torch.where(padding, 7.0, src), mask, queries, torch.where(padding, -3.0, pos))
     assert torch.equal(changed_hs, hs)
     assert torch.equal(changed[~padding], memory[~padding]) and not torch.equal(changed, memory)
@@ -136,7 +136,7 @@ def test_what_lies_in_the_padding_does_not_matter(pre):
 
 def test_images_of_a_batch_do_not_see_each_other():
     transformer = randomize(Transformer(D, M, 2, 2, FF))
-    src, pos, queries, mask = randn(B, D, H, W), randn(B, D, H, W), randn(Q, D), PADDING.view(B, H, W)
+    src, pos, queries, mask = randn(B, D, H, W), randn(B, D, H, W), randn(Q, D), PADDING
     hs, memory = transformer(src, mask, queries, pos)
     for i in range(B):
         alone_hs, alone = transformer(src[i:i + 1], mask[i:i + 1], queries, pos[i:i + 1])
@@ -156,7 +156,7 @@ def test_initialisation_is_xavier():
 
 def test_dropout_in_training_alone():
     transformer = Transformer(D, M, 1, 1, FF, dropout=0.5)
-    given = torch.randn(B, D, H, W), PADDING.view(B, H, W), torch.randn(Q, D), torch.randn(B, D, H, W)
+    given = torch.randn(B, D, H, W), PADDING, torch.randn(Q, D), torch.randn(B, D, H, W)
     assert not torch.equal(transformer(*given)[0], transformer(*given)[0])
     transformer.eval()
     assert torch.equal(transformer(*given)[0], transformer(*given)[0])

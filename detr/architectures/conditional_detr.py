@@ -52,13 +52,14 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding, ``query_embed [Q, D]``
+    def forward(self, src: Tensor, mask: Tensor | None, query_embed: Tensor,
+                pos_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H * W]`` True on padding, ``query_embed [Q, D]``
         -> what each decoder layer says of the queries ``[K, B, Q, D]``, their reference points ``[B, Q, 2]``, and the
         encoder's memory ``[B, D, H, W]``."""
-        tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
-        memory = self.encoder(tokens, padding, position)
-        hs, reference = self.decoder(query_embed.expand(src.shape[0], -1, -1), memory, position, padding)
+        tokens, position = src.flatten(2).mT, pos_embed.flatten(2).mT
+        memory = self.encoder(tokens, mask, position)
+        hs, reference = self.decoder(query_embed.expand(src.shape[0], -1, -1), memory, position, mask)
         return hs, reference, memory.mT.reshape(src.shape)
 
 
@@ -74,7 +75,7 @@ class TransformerDecoder(nn.Module):
         self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(num_layers > 1)
 
     def forward(self, query_position: Tensor, memory: Tensor, memory_position: Tensor,
-                mask: Tensor) -> tuple[Tensor, Tensor]:
+                mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """``query_position [B, Q, D]``, tokens and their positions ``[B, S, D]``, ``mask [B, S]`` True on padding ->
         what each layer says ``[K, B, Q, D]``, and where all of them look from: points (x, y) as fractions of the image
         ``[B, Q, 2]``. The conditional spatial query is p_q = lambda * p_s (section 3.3), here ``asked`` and ``place``."""
@@ -116,8 +117,7 @@ class ConditionalDETR(nn.Module):
     def steps(self, samples: NestedTensor | Tensor | list[Tensor]) -> Steps:
         """Backbone, encoder, queries, decoder, heads."""
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
-        src, mask = features[-1].decompose()
-        src = self.input_proj(src)
+        src, mask = self.input_proj(features[-1].tensors), features[-1].key_padding_mask()
         hs, reference, memory = self.transformer(src, mask, self.query_embed.weight,
                                                  self.backbone[-1](features[-1]).to(src.dtype))
         # All layers' boxes refer to the same points, which learn from all: [K, B, Q, C or 4].

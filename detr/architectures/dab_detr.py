@@ -85,15 +85,15 @@ class Transformer(nn.Module):
         content = self.patterns.weight
         return content.repeat_interleave(len(anchors), 0), anchors.repeat(len(content), 1)
 
-    def forward(self, src: Tensor, mask: Tensor, content: Tensor, reference: Tensor, pos_embed: Tensor,
+    def forward(self, src: Tensor, mask: Tensor | None, content: Tensor, reference: Tensor, pos_embed: Tensor,
                 attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding; queries: contents
+        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H * W]`` True on padding; queries: contents
         ``[B, Q, D]``, boxes ``[B, Q, 4]``, and who may not look at whom ``[Q, Q]`` -> what each decoder layer says of
         them ``[K, B, Q, D]``, the boxes that it looked from ``[K, B, Q, 4]``, and the encoder's memory
         ``[B, D, H, W]``."""
-        tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
-        memory = self.encoder(tokens, padding, position)
-        hs, references = self.decoder(content, reference, memory, position, padding, attn_mask)
+        tokens, position = src.flatten(2).mT, pos_embed.flatten(2).mT
+        memory = self.encoder(tokens, mask, position)
+        hs, references = self.decoder(content, reference, memory, position, mask, attn_mask)
         return hs, references, memory.mT.reshape(src.shape)
 
 
@@ -107,7 +107,7 @@ class TransformerEncoder(nn.Module):
                                     for _ in range(num_layers))
         self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(num_layers > 0)
 
-    def forward(self, tokens: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor) -> Tensor:
         """``tokens`` and their positions ``[B, S, D]``, ``mask [B, S]`` True on padding -> ``[B, S, D]``."""
         for layer in self.layers:
             tokens = layer(tokens, mask, position * self.query_scale(tokens))
@@ -131,7 +131,7 @@ class TransformerDecoder(nn.Module):
         self.ref_anchor_head = MLP(d_model, d_model, 2, 2)
         self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(num_layers > 1)     # from the second layer on
 
-    def forward(self, content: Tensor, reference: Tensor, memory: Tensor, memory_position: Tensor, mask: Tensor,
+    def forward(self, content: Tensor, reference: Tensor, memory: Tensor, memory_position: Tensor, mask: Tensor | None,
                 attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries: contents ``[B, Q, D]`` and boxes ``[B, Q, 4]`` as fractions of the image; tokens and their positions
         ``[B, S, D]``, ``mask [B, S]`` True on padding; ``attn_mask [Q, Q]`` True where a query may not look at another
@@ -193,8 +193,7 @@ class DABDETR(nn.Module):
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> Steps:
         """Backbone, encoder, queries, decoder, heads."""
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
-        src, mask = features[-1].decompose()
-        src = self.input_proj(src)
+        src, mask = self.input_proj(features[-1].tensors), features[-1].key_padding_mask()
         content, anchors = (x.expand(src.shape[0], -1, -1) for x in self.transformer.queries(self.refpoint_embed.weight))
         reference, num_queries, noised, attn_mask = anchors.sigmoid(), content.shape[1], None, None
         if self.noising is not None and self.training:

@@ -74,12 +74,12 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H, W]`` True on padding, ``query_embed [Q, D]``
+    def forward(self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature map and its positions ``[B, D, H, W]``, ``mask [B, H * W]`` True on padding, ``query_embed [Q, D]``
         -> what each decoder layer says of the queries ``[K, B, Q, D]``, and the encoder's memory ``[B, D, H, W]``."""
-        tokens, position, padding = src.flatten(2).mT, pos_embed.flatten(2).mT, mask.flatten(1)
-        memory = self.encoder(tokens, padding, position)
-        hs = self.decoder(query_embed.expand(src.shape[0], -1, -1), memory, memory + position, padding)
+        tokens, position = src.flatten(2).mT, pos_embed.flatten(2).mT
+        memory = self.encoder(tokens, mask, position)
+        hs = self.decoder(query_embed.expand(src.shape[0], -1, -1), memory, memory + position, mask)
         return hs, memory.mT.reshape(src.shape)
 
 
@@ -93,7 +93,7 @@ class TransformerDecoder(nn.Module):
                                     for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, query_position: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor | None) -> Tensor:
         content = torch.zeros_like(query_position)
         outputs = []
         for layer in self.layers:
@@ -125,8 +125,7 @@ class DETR(nn.Module):
     def detect(self, samples: NestedTensor | Tensor | list[Tensor]) -> tuple[Outputs, Intermediates]:
         """``forward``, and what it went through."""
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
-        src, mask = features[-1].decompose()
-        src = self.input_proj(src)
+        src, mask = self.input_proj(features[-1].tensors), features[-1].key_padding_mask()
         hs, memory = self.transformer(src, mask, self.query_embed.weight, self.backbone[-1](features[-1]).to(src.dtype))
         logits, boxes = self.class_embed(hs), self.bbox_embed(hs).float().sigmoid()         # [K, B, Q, C + 1 or 4]
         outputs: Outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}

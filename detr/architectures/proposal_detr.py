@@ -149,7 +149,7 @@ class ProposalDecoder(nn.Module):
         self.heads = Heads(d_model, num_classes)
 
     def forward(self, content: Tensor, reference: Tensor, query_mask: Tensor, memory: Tensor, memory_key: Tensor,
-                mask: Tensor, centres: Tensor) -> list[Outputs]:
+                mask: Tensor | None, centres: Tensor) -> list[Outputs]:
         """Queries' content ``[B, Q, D]``, boxes ``[B, Q, 4]`` and which of them are none ``[B, Q]``; tokens
         ``[B, S, D]``, with positions added as keys, their padding, and their centres ``[B, S, 2]`` as fractions of the
         image -> what each layer says."""
@@ -182,11 +182,11 @@ class ProposalTransformer(nn.Module):
     def forward(self, src: NestedTensor, pos_embed: Tensor, fine: NestedTensor) -> tuple[list[Outputs], Outputs]:
         """Feature map and its positions ``[B, D, H, W]``, and the finer map -> what each decoder layer says, and the
         proposals."""
-        tokens, position, padding = src.tensors.flatten(2).mT, pos_embed.flatten(2).mT, src.mask.flatten(1)
-        memory = self.encoder(tokens, padding, position)
+        tokens, position, mask = src.tensors.flatten(2).mT, pos_embed.flatten(2).mT, src.key_padding_mask()
+        memory = self.encoder(tokens, mask, position)
         above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes)
         proposals, content, boxes, query_mask = self.proposals(above, fine)
-        layers = self.decoder(content, boxes, query_mask, memory, memory + position, padding, map_centres(src.mask))
+        layers = self.decoder(content, boxes, query_mask, memory, memory + position, mask, map_centres(src.mask))
         return layers, proposals
 
 
@@ -205,7 +205,7 @@ class ProposalDETR(nn.Module):
         earlier decoder layers in ``aux_outputs`` and of all proposals in ``enc_outputs``."""
         fine, last = self.backbone[-2](as_nested_tensor(samples)).values()
         src = self.input_proj(last.tensors)
-        src = NestedTensor(src, last.mask, last.sizes)
+        src = NestedTensor(src, last.mask, last.sizes, last.whole)
         layers, proposals = self.transformer(src, self.backbone[-1](last).to(src.tensors.dtype), fine)
         outputs: Outputs = {**layers[-1], "enc_outputs": proposals}
         if self.aux_loss:

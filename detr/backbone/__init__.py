@@ -66,8 +66,8 @@ class Backbone(nn.Module):
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
         if self.exact:
             return self.exact_maps(images)
-        maps = self.body(images.tensors)
-        return {str(n): NestedTensor(maps[i], resize_mask(images, maps[i].shape[-2:]))
+        maps, whole = self.body(images.tensors), not images.padded
+        return {str(n): NestedTensor(maps[i], resize_mask(images, maps[i].shape[-2:]), whole=whole)
                 for n, i in enumerate(self.levels)}
 
     def exact_maps(self, images: NestedTensor) -> dict[str, NestedTensor]:

@@ -172,6 +172,36 @@ def join(noised: Denoising | None, label_enc: nn.Embedding, content: Tensor,
             noised.attn_mask)
 
 
+class DenoisingQueries(nn.Module):
+    """Puts denoising queries before the matching ones in training, if there is a ``noising``. Without parameters: the
+    table is its model's, by its published name. ``eps``: see ``inverse_sigmoid``."""
+
+    def __init__(self, noising: Noising | None, num_classes: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.noising, self.num_classes, self.eps = noising, num_classes, eps
+
+    def forward(self, targets: Sequence[Target] | None, label_enc: nn.Embedding | None, content: Tensor,
+                reference: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Denoising | None]:
+        """``targets`` of the batch, and the matching queries as ``join`` takes them -> all queries' contents and boxes,
+        who of them may not look at whom, and what is known of the denoising ones; None twice where there are none."""
+        if self.noising is None or label_enc is None or not self.training:
+            return content, reference, None, None
+        noised = None if targets is None else denoise(targets, self.noising, self.num_classes, content.shape[1])
+        return *join(noised, label_enc, content, reference, self.eps), noised
+
+
+def collect(layers: Sequence[Outputs], noised: Denoising | None, aux_loss: bool) -> Outputs:
+    """What decoder layers say as what a model returns: of the matching queries the last layer's, with the others' in
+    ``aux_outputs``; and, for the criterion, those of the denoising queries in ``dn_outputs``."""
+    outputs: Outputs = {}
+    if noised is not None:
+        layers, outputs["dn_outputs"] = separate(layers, noised, aux_loss)
+    outputs |= layers[-1]                                                                       # type: ignore[typeddict-item]
+    if aux_loss:
+        outputs["aux_outputs"] = list(layers[:-1])
+    return outputs
+
+
 def separate(layers: Sequence[Outputs], noised: Denoising, aux_loss: bool) -> tuple[list[Outputs], Outputs]:
     """What decoder layers say of the matching queries; and, for the criterion, what they say of the denoising ones, the
     last layer's with the others' in ``aux_outputs``."""

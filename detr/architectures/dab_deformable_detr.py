@@ -19,7 +19,7 @@ from ..backbone import channels
 from ..config import DenoisingConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
-from ..denoising import Noising, denoise, join, separate
+from ..denoising import DenoisingQueries, Noising, collect
 from ..encoder import DeformableTransformerEncoder
 from ..feature_levels import build_input_proj, flatten_levels, project
 from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
@@ -143,10 +143,10 @@ class DABDeformableDETR(nn.Module):
         self.patterns_embed = nn.Embedding(num_patterns, d_model) if num_patterns else None
         self.input_proj = build_input_proj(channels(backbone[0])[finer:], num_levels, d_model)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
-        self.num_classes, self.aux_loss, self.finer = num_classes, aux_loss, finer
-        self.noising, self.takes_targets = noising, noising is not None
-        if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
+        self.denoising = DenoisingQueries(noising, num_classes, EPS)
+        self.aux_loss, self.finer, self.takes_targets = aux_loss, finer, noising is not None
+        self.label_enc = None if noising is None else \
+            nn.Embedding(num_classes + 1, d_model)                          # its last row, "unknown", is never used
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """Contents ``[Q, D]`` and anchors ``[Q, 4]`` before the sigmoid: all anchors, or all with the first pattern added
@@ -177,18 +177,9 @@ class DABDeformableDETR(nn.Module):
         levels = flatten_levels(maps, positions, self.transformer.level_embed)
         memory = self.transformer.encoder(levels)
         content, anchors = (x.expand(memory.shape[0], -1, -1) for x in self.queries())
-        reference, num_queries, noised, attn_mask = anchors.sigmoid(), content.shape[1], None, None
-        if self.noising is not None and self.training:
-            noised = None if targets is None else denoise(targets, self.noising, self.num_classes, num_queries)
-            content, reference, attn_mask = join(noised, self.label_enc, content, reference, EPS)
+        content, reference, attn_mask, noised = self.denoising(targets, self.label_enc, content, anchors.sigmoid())
         layers, content = self.transformer.decoder(content, reference, memory, levels, self.class_embed, self.bbox_embed,
                                                    attn_mask)
-        outputs: Outputs = {}
-        if noised is not None:
-            layers, outputs["dn_outputs"] = separate(layers, noised, self.aux_loss)
-            content = content[:, -num_queries:]
-        outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
-        if self.aux_loss:
-            outputs["aux_outputs"] = layers[:-1]
+        outputs = collect(layers, noised, self.aux_loss)
         last = len(features) - self.finer - 1
-        return LevelSteps(outputs, features, maps[last].tensors, content, memory, levels, last)
+        return LevelSteps(outputs, features, maps[last].tensors, content[:, -anchors.shape[1]:], memory, levels, last)

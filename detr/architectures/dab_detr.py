@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backbone import build_backbone, channels
 from ..config import DenoisingConfig, flag
 from ..decoder import conditional_layers
-from ..denoising import Noising, denoise, join, separate
+from ..denoising import DenoisingQueries, Noising, collect
 from ..encoder import TransformerEncoderLayer
 from ..focal_detectors import Built, FocalConfig, Steps, for_mask_head
 from ..losses import box_loss, box_parts, cardinality_error
@@ -174,10 +174,10 @@ class DABDETR(nn.Module):
         self.refpoint_embed = nn.Embedding(num_queries, 4)
         self.input_proj = nn.Conv2d(channels(backbone[0])[-1], d_model, kernel_size=1)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
-        self.num_classes, self.aux_loss, self.noising, self.takes_targets = (num_classes, aux_loss, noising,
-                                                                             noising is not None)
-        if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
+        self.denoising = DenoisingQueries(noising, num_classes, EPS)
+        self.aux_loss, self.takes_targets = aux_loss, noising is not None
+        self.label_enc = None if noising is None else \
+            nn.Embedding(num_classes + 1, d_model)                          # its last row, "unknown", is never used
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None = None) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), and the same of the
@@ -195,19 +195,10 @@ class DABDETR(nn.Module):
         features = list(self.backbone[-2](as_nested_tensor(samples)).values())
         src, mask = self.input_proj(features[-1].tensors), features[-1].key_padding_mask()
         content, anchors = (x.expand(src.shape[0], -1, -1) for x in self.transformer.queries(self.refpoint_embed.weight))
-        reference, num_queries, noised, attn_mask = anchors.sigmoid(), content.shape[1], None, None
-        if self.noising is not None and self.training:
-            noised = None if targets is None else denoise(targets, self.noising, self.num_classes, num_queries)
-            content, reference, attn_mask = join(noised, self.label_enc, content, reference, EPS)
+        content, reference, attn_mask, noised = self.denoising(targets, self.label_enc, content, anchors.sigmoid())
         hs, references, memory = self.transformer(src, mask, content, reference,
                                                   self.backbone[-1](features[-1]).to(src.dtype), attn_mask)
         logits, boxes = self.class_embed(hs), refine(references, self.bbox_embed(hs).float(), EPS)     # [K, B, Q, C or 4]
         layers: list[Outputs] = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
-        outputs: Outputs = {}
-        if noised is not None:
-            layers, outputs["dn_outputs"] = separate(layers, noised, self.aux_loss)
-            hs = hs[:, :, -num_queries:]
-        outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
-        if self.aux_loss:
-            outputs["aux_outputs"] = layers[:-1]
-        return Steps(outputs, features, src, hs[-1], memory)
+        outputs = collect(layers, noised, self.aux_loss)
+        return Steps(outputs, features, src, hs[-1, :, -anchors.shape[1]:], memory)

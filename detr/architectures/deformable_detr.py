@@ -19,7 +19,7 @@ from ..boxes import inverse_sigmoid
 from ..config import DenoisingConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
-from ..denoising import Denoising, Noising, denoise, join, separate
+from ..denoising import Denoising, DenoisingQueries, Noising, collect
 from ..encoder import DeformableTransformerEncoder
 from ..feature_levels import build_input_proj, flatten_levels, project
 from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
@@ -171,16 +171,13 @@ class DeformableTransformer(nn.Module):
         these are not the tokens."""
         return self.pos_trans_norm(self.pos_trans(encode_proposals(reference, self.d_model // 2).to(dtype)))
 
-    def with_noised(self, queries: Queries, noised: Denoising | None,
-                    label_enc: nn.Embedding) -> tuple[Queries, Tensor | None]:
-        """Denoising queries before the others, and who of them may not look at whom. Their positions are those of
-        proposals with their boxes."""
-        content, reference, attn_mask = join(noised, label_enc, queries.content, queries.reference)
-        position = queries.position
-        if noised is not None:
-            first = self.started(inverse_sigmoid(noised.boxes), position.dtype)[..., :self.d_model]
-            position = torch.cat([first, position], dim=1)
-        return Queries(content, position, reference), attn_mask
+    def positions(self, position: Tensor, noised: Denoising | None) -> Tensor:
+        """Of all queries: the matching ones' ``position [B, Q, D]``, and before it that of denoising ones, which is that
+        of proposals with their boxes."""
+        if noised is None:
+            return position
+        first = self.started(inverse_sigmoid(noised.boxes), position.dtype)[..., :self.d_model]
+        return torch.cat([first, position], dim=1)
 
 
 class DeformableTransformerDecoder(nn.Module):
@@ -244,9 +241,9 @@ class DeformableDETR(nn.Module):
         self.input_proj = build_input_proj(channels(backbone[0])[finer:], num_levels, d_model)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
         self.num_queries, self.aux_loss, self.two_stage, self.finer = num_queries, aux_loss, two_stage, finer
-        self.num_classes, self.noising, self.takes_targets = num_classes, noising, noising is not None
-        if noising is not None:
-            self.label_enc = nn.Embedding(num_classes + 1, d_model)         # its last row, "unknown", is never used
+        self.denoising, self.takes_targets = DenoisingQueries(noising, num_classes), noising is not None
+        self.label_enc = None if noising is None else \
+            nn.Embedding(num_classes + 1, d_model)                          # its last row, "unknown", is never used
 
     @property
     def class_agnostic_head(self) -> nn.Module | None:
@@ -280,16 +277,10 @@ class DeformableDETR(nn.Module):
             warn_of_few(memory.shape[1], self.num_queries, images.tensors.shape)
         else:
             queries = self.transformer.learned_queries(self.query_embed.weight, memory.shape[0])
-        noised, attn_mask = None, None
-        if self.noising is not None and self.training:
-            noised = None if targets is None else denoise(targets, self.noising, self.num_classes, self.num_queries)
-            queries, attn_mask = self.transformer.with_noised(queries, noised, self.label_enc)
+        content, position, reference = queries
+        content, reference, attn_mask, noised = self.denoising(targets, self.label_enc, content, reference)
+        queries = Queries(content, self.transformer.positions(position, noised), reference)
         layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed, attn_mask)
-        if noised is not None:
-            layers, outputs["dn_outputs"] = separate(layers, noised, self.aux_loss)
-            content = content[:, -self.num_queries:]
-        outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
-        if self.aux_loss:
-            outputs["aux_outputs"] = layers[:-1]
+        outputs |= collect(layers, noised, self.aux_loss)
         last = len(features) - self.finer - 1
-        return LevelSteps(outputs, features, maps[last].tensors, content, memory, levels, last)
+        return LevelSteps(outputs, features, maps[last].tensors, content[:, -self.num_queries:], memory, levels, last)

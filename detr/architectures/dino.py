@@ -17,7 +17,7 @@ from ..backbone import channels
 from ..config import DenoisingConfig, flag
 from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
-from ..denoising import Noising, denoise, join, separate
+from ..denoising import DenoisingQueries, Noising, collect
 from ..encoder import DeformableTransformerEncoder
 from ..feature_levels import build_input_proj, flatten_levels, project
 from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
@@ -182,8 +182,9 @@ class DINO(nn.Module):
         self.label_enc.requires_grad_(noising is not None)
         self.input_proj = build_input_proj(channels(backbone[0])[finer:], num_levels, d_model)
         self.backbone = backbone                                    # [-2]: feature maps, [-1]: their positions
-        self.num_classes, self.num_queries, self.aux_loss = num_classes, transformer.num_queries, aux_loss
-        self.noising, self.takes_targets, self.finer = noising, noising is not None, finer
+        self.denoising = DenoisingQueries(noising, num_classes, EPS)
+        self.num_queries, self.aux_loss = transformer.num_queries, aux_loss
+        self.takes_targets, self.finer = noising is not None, finer
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None = None) -> Outputs:
         """Images -> ``pred_logits [B, Q, C]`` (sigmoid), ``pred_boxes [B, Q, 4]`` (cxcywh in 0..1), the same of the
@@ -207,18 +208,9 @@ class DINO(nn.Module):
         memory = self.transformer.encoder(levels)
         warn_of_few(memory.shape[1], self.num_queries, images.tensors.shape)
         queries, proposals, invalid = self.transformer.propose(memory, levels)
-        noised, attn_mask = None, None
-        if self.noising is not None and self.training:
-            noised = None if targets is None else denoise(targets, self.noising, self.num_classes, self.num_queries)
-            content, reference, attn_mask = join(noised, self.label_enc, *queries, EPS)
-            queries = Queries(content, reference)
-        layers, content = self.transformer.decoder(queries, memory, levels, attn_mask)
-        outputs: Outputs = {"interm_outputs": proposals, "invalid_queries": invalid}
-        if noised is not None:
-            layers, outputs["dn_outputs"] = separate(layers, noised, self.aux_loss)
-            content = content[:, -self.num_queries:]
-        outputs |= layers[-1]                                                                   # type: ignore[typeddict-item]
-        if self.aux_loss:
-            outputs["aux_outputs"] = layers[:-1]
+        content, reference, attn_mask, noised = self.denoising(targets, self.label_enc, *queries)
+        layers, content = self.transformer.decoder(Queries(content, reference), memory, levels, attn_mask)
+        outputs: Outputs = {**collect(layers, noised, self.aux_loss), "interm_outputs": proposals,
+                            "invalid_queries": invalid}
         last = len(features) - self.finer - 1
-        return LevelSteps(outputs, features, maps[last].tensors, content, memory, levels, last)
+        return LevelSteps(outputs, features, maps[last].tensors, content[:, -self.num_queries:], memory, levels, last)

@@ -211,7 +211,7 @@ def build(settings: Settings, validation: Any, training: Any, preprocessing: Pre
     elif settings.begun is not None:
         begin(settings, model, training, preprocessing, device)
     elif settings.frozen is not None:
-        source = settings.model.frozen_weights                                                  # type: ignore[attr-defined]
+        source = frozen_file(settings)
         checkpoint.load_model(model.detr, settings.frozen["model"], source)
         say(f"weights: {source}, frozen; the mask head's are random, and train")
     elif run.eval:
@@ -507,8 +507,9 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
             raise ValueError(f"the {name} data gives no masks, which --masks needs: {told}")
         if table is not None and list(dataset.categories) != list(table):
             raise ValueError(f"the {name} data has the classes {classes_in_words(dataset.categories)}, and "
-                             f"{settings.run.resume or 'the training data'} {classes_in_words(table)}: ids and names "
-                             f"have to be the same{remedy_for_classes(settings)}")
+                             f"{settings.run.resume or frozen_file(settings) or 'the training data'} "
+                             f"{classes_in_words(table)}: ids and names have to be the same"
+                             f"{remedy_for_classes(settings)}")
         table = dataset.categories
         if name == "training":
             regions = "on" if dataset.ignore_regions else "off"
@@ -518,6 +519,11 @@ def fitting(settings: Settings, typed: dict[str, Any], training: Any, validation
     if regions == "off" and settings.data.ignore_regions == "on" and not settings.run.eval:
         say("ignore regions: off; from_dataset(..., ignore_regions=True) gives them")
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, ignore_regions=regions))
+
+
+def frozen_file(settings: Settings) -> str | None:
+    """The box model that a mask head is trained on."""
+    return getattr(settings.model, "frozen_weights", None)
 
 
 def remedy_for_classes(settings: Settings) -> str:

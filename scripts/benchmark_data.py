@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Images per second and core of the training pipeline: read, augment, normalise, pad to batches; against the published.
 
-    python scripts/benchmark_data.py --coco_path shared/data/coco_mini
-    python scripts/benchmark_data.py --coco_path shared/data/coco_mini --workers 2 --json data.json
+    python scripts/benchmark_data.py --coco_path DIR
+    python scripts/benchmark_data.py --coco_path DIR --workers 2 --json data.json
 
 The published pipeline (Carion et al., 2020, appendix A.4) is written out below: Pillow opens, converts, mirrors, resizes
 and crops; torchvision makes tensors and normalises them; a batch of zeros takes them up. It is given the same files,

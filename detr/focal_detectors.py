@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .backbone import Backbone, build_backbone
 from .boxes import box_prior
 from .config import MaskConfig, flag
-from .feature_levels import coarse_maps, level_of
+from .feature_levels import coarse_maps, flatten_levels, level_of, project
 from .losses import FocalLabelLoss, mask_loss
 from .mask_head import DETRsegm, Intermediates
 from .matcher import HungarianMatcher, focal_class_cost
@@ -108,25 +108,41 @@ class Steps(NamedTuple):
     memory: Tensor                      # [B, D, H, W] the encoder's output
 
 
+class Maps(NamedTuple):
+    """What a detector with levels looks at."""
+    features: list[NestedTensor]        # the backbone's maps, finest first
+    src: Tensor                         # [B, D, H, W] the last of them, projected
+    last: int                           # its level
+    levels: FeatureLevels
+
+
+def multi_scale_maps(detr: Any, images: NestedTensor) -> Maps:
+    """Through ``detr``'s backbone; its coarser maps, and further ones made of the last, become levels of tokens, each
+    with its position and with what tells its level apart."""
+    features = list(detr.backbone[-2](images).values())
+    maps = project(detr.input_proj, features[detr.finer:], images)
+    positions = [detr.backbone[-1](x).to(x.tensors.dtype) for x in maps]
+    last = len(features) - detr.finer - 1
+    return Maps(features, maps[last].tensors, last, flatten_levels(maps, positions, detr.transformer.level_embed))
+
+
 class LevelSteps(NamedTuple):
     """What a detector with levels went through."""
     outputs: Outputs
-    features: list[NestedTensor]        # the backbone's maps, finest first
-    src: Tensor                         # [B, D, H, W] the last of them, projected
+    maps: Maps
     content: Tensor                     # [B, Q, D] the last decoder layer's queries
     memory: Tensor                      # [B, S, D] the encoder's output
-    levels: FeatureLevels
-    last: int                           # the level of the backbone's last map
 
 
 def for_mask_head(steps: Steps | LevelSteps) -> tuple[Outputs, Intermediates]:
     """What a mask head needs; its dense attention is to the backbone's last map. Queries of these models know their
     objects relative to where they look, and memory may have seen no positions; so the boxes tell where to look."""
-    outputs, features, src, content, memory, *_ = steps
     if isinstance(steps, LevelSteps):
-        memory = level_of(steps.memory, steps.levels, steps.last).reshape(src.shape)
-        places = level_of(token_centres(steps.levels), steps.levels, steps.last)
+        outputs, (features, src, last, levels), content, tokens = steps
+        memory = level_of(tokens, levels, last).reshape(src.shape)
+        places = level_of(token_centres(levels), levels, last)
     else:
+        outputs, features, src, content, memory = steps
         places = map_centres(features[-1].mask).mT
     prior = box_prior(outputs["pred_boxes"], places).unflatten(-1, src.shape[-2:])
     return outputs, Intermediates(features, src, content, memory, prior)

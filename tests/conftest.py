@@ -22,3 +22,18 @@ def real_data() -> Path:
 def own_cache(tmp_path_factory) -> None:
     """Reports of data checks stay out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def rectangles(tmp_path_factory) -> Path:
+    """A small data set that is learned in seconds."""
+    from small_data import make_rectangles
+    return make_rectangles(tmp_path_factory.mktemp("data") / "rectangles")
+
+
+@pytest.fixture()
+def no_pictures(monkeypatch) -> None:
+    """Trainings draw nothing: it takes as long as small ones do, and is seen in other tests."""
+    import training
+    monkeypatch.setattr(training, "picture_of_detections", lambda *_: None)
+    monkeypatch.setattr(training.visualize, "draw_curves", lambda *_: None)

@@ -20,17 +20,7 @@ from detr.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from detr.optimization import Sharing
 from training import Interrupted, Training, seed_randomness
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_rectangles(tmp_path_factory.mktemp("data") / "rectangles")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take as long as these trainings do, and are seen in other tests."""
-    monkeypatch.setattr(training, "picture_of_detections", lambda *_: None)
-    monkeypatch.setattr(training.visualize, "draw_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.mark.parametrize("line, every", [
@@ -40,9 +30,9 @@ def no_pictures(monkeypatch):
     (SMALL + "--num_workers 2 --lr_schedule step --lr_drop 1 --amp fp16 ", 3),
     (DEFORMABLE.replace("deformable_detr", "dino"), 5)],
     ids=["detr", "deformable", "buckets", "sgd", "augmented", "workers", "dino"])
-def test_broken_off_anywhere(line, every, data, tmp_path, monkeypatch):
+def test_broken_off_anywhere(line, every, rectangles, tmp_path, monkeypatch):
     """SIGTERM after each or every few steps of two epochs."""
-    line, out = line + f"--coco_path {data} ", tmp_path / "broken"
+    line, out = line + f"--coco_path {rectangles} ", tmp_path / "broken"
     run(line + f"--output_dir {tmp_path}/whole")
     broken = 0
     while True:
@@ -60,9 +50,9 @@ def test_broken_off_anywhere(line, every, data, tmp_path, monkeypatch):
     same_training(tmp_path / "whole", out)
 
 
-def test_broken_off_while_it_evaluates(data, tmp_path, monkeypatch):
+def test_broken_off_while_it_evaluates(rectangles, tmp_path, monkeypatch):
     """The epoch is saved already: it leaves at once, and nothing is trained again."""
-    line = SMALL + f"--coco_path {data} "
+    line = SMALL + f"--coco_path {rectangles} "
     run(line + f"--output_dir {tmp_path}/whole")
     with monkeypatch.context() as patched:
         patched.setattr(training, "evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
@@ -76,8 +66,8 @@ def test_broken_off_while_it_evaluates(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [0, 1])
-def test_killed_between_the_checkpoint_and_the_log(before, data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --epochs 3 "
+def test_killed_between_the_checkpoint_and_the_log(before, rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --epochs 3 "
     run(line + f"--output_dir {tmp_path}/whole")
 
     def killed(self, row):
@@ -93,8 +83,8 @@ def test_killed_between_the_checkpoint_and_the_log(before, data, tmp_path, monke
     same_training(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_an_earlier_checkpoint_takes_later_rows_out_of_the_log(data, tmp_path):
-    line = SMALL + f"--coco_path {data} --lr_schedule step --lr_drop 1 --output_dir {tmp_path}/out "
+def test_an_earlier_checkpoint_takes_later_rows_out_of_the_log(rectangles, tmp_path):
+    line = SMALL + f"--coco_path {rectangles} --lr_schedule step --lr_drop 1 --output_dir {tmp_path}/out "
     run(line)
     before = epochs(tmp_path / "out")
     _, text = run(line + f"--resume {tmp_path}/out/checkpoint0000.pth")
@@ -102,9 +92,9 @@ def test_an_earlier_checkpoint_takes_later_rows_out_of_the_log(data, tmp_path):
     assert epochs(tmp_path / "out") == before
 
 
-def test_what_is_finished(data, tmp_path):
+def test_what_is_finished(rectangles, tmp_path):
     """``--resume auto`` may be called once too often, and then leaves what it would have left; a typed file may not."""
-    line = SMALL + f"--coco_path {data} --epochs 1 --output_dir {tmp_path} "
+    line = SMALL + f"--coco_path {rectangles} --epochs 1 --output_dir {tmp_path} "
     results, _ = run(line)
     (tmp_path / "final.pth").unlink()                                   # as if it was killed before it was written
     again, text = run(line + "--resume auto")
@@ -117,8 +107,8 @@ def test_what_is_finished(data, tmp_path):
     assert "epoch 1 is next" in text and "--epochs 2 (was 1)" in text
 
 
-def test_resume_auto(data, tmp_path):
-    line = SMALL + f"--coco_path {data} --epochs 1 "
+def test_resume_auto(rectangles, tmp_path):
+    line = SMALL + f"--coco_path {rectangles} --epochs 1 "
     with pytest.raises(ValueError, match="--resume auto looks for a checkpoint in --output_dir: name the folder"):
         run(line + "--resume auto")
     _, text = run(line + f"--resume auto --output_dir {tmp_path}/out")
@@ -130,9 +120,9 @@ def test_resume_auto(data, tmp_path):
     assert f"step {STEPS} of {STEPS}, is next" in text                  # before the evaluation
 
 
-def test_a_fine_tuning_is_restarted_by_the_same_command(data, tmp_path, monkeypatch):
-    run(SMALL + f"--coco_path {data} --epochs 1 --output_dir {tmp_path}/first")
-    line = (f"--finetune {tmp_path}/first/best.pth --coco_path {data} --output_dir {tmp_path}/tuned --resume auto "
+def test_a_fine_tuning_is_restarted_by_the_same_command(rectangles, tmp_path, monkeypatch):
+    run(SMALL + f"--coco_path {rectangles} --epochs 1 --output_dir {tmp_path}/first")
+    line = (f"--finetune {tmp_path}/first/best.pth --coco_path {rectangles} --output_dir {tmp_path}/tuned --resume auto "
             "--epochs 1 --log_steps --num_workers 0 --device cpu --batch_size 4")
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         interrupt_after(patched, 2)
@@ -142,9 +132,9 @@ def test_a_fine_tuning_is_restarted_by_the_same_command(data, tmp_path, monkeypa
     assert "resumed from" in text and len(steps(tmp_path / "tuned")) == 4
 
 
-def test_weights_alone_begin_a_training_of_their_own(data, tmp_path):
+def test_weights_alone_begin_a_training_of_their_own(rectangles, tmp_path):
     """``best.pth`` has no optimizer: its training's files are set aside, or left alone."""
-    line = SMALL + f"--coco_path {data} --epochs 1 "
+    line = SMALL + f"--coco_path {rectangles} --epochs 1 "
     run(line + f"--output_dir {tmp_path}/out")
     before = (tmp_path / "out" / "log.txt").read_text()
     _, text = run(line + f"--resume {tmp_path}/out/best.pth --output_dir {tmp_path}/out")
@@ -152,8 +142,8 @@ def test_weights_alone_begin_a_training_of_their_own(data, tmp_path):
     assert (tmp_path / "out" / "earlier-1" / "log.txt").read_text() == before
 
 
-def test_a_training_that_was_broken_off_early_is_not_mixed_with_another(data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+def test_a_training_that_was_broken_off_early_is_not_mixed_with_another(rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out "
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         interrupt_after(patched, 3)
         run(line)
@@ -165,8 +155,8 @@ def test_a_training_that_was_broken_off_early_is_not_mixed_with_another(data, tm
     assert "step 1 of 4, is next" in text
 
 
-def test_start_epoch_is_never_ignored(data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+def test_start_epoch_is_never_ignored(rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out "
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         interrupt_after(patched, 2)
         run(line)
@@ -174,16 +164,16 @@ def test_start_epoch_is_never_ignored(data, tmp_path, monkeypatch):
     assert "epoch 0 is next" in text and [row["step"] for row in steps(tmp_path / "out")] == [0, 1, 2, 3]
 
 
-def test_other_data_is_said(data, tmp_path):
+def test_other_data_is_said(rectangles, tmp_path):
     other = make_rectangles(tmp_path / "other", train=20)
     line = SMALL + f"--output_dir {tmp_path}/out "
-    run(line + f"--coco_path {data} --epochs 1")
+    run(line + f"--coco_path {rectangles} --epochs 1")
     _, text = run(line + f"--coco_path {other} --resume auto")
     assert "the training data is not that of" in text and "'images': 16" in text and "'images': 20" in text
 
 
-def test_changed_options_are_said_or_refused(data, tmp_path):
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+def test_changed_options_are_said_or_refused(rectangles, tmp_path):
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out "
     run(line.replace("--epochs 2", "--epochs 1"))
     with pytest.raises(ValueError, match=r"does not fit the model.*changed since.*--hidden_dim 48 \(was 32\)"):
         run(line + "--resume auto --hidden_dim 48")
@@ -191,9 +181,9 @@ def test_changed_options_are_said_or_refused(data, tmp_path):
     assert "--lr 5e-05 (was 0.002)" in text and "--batch_size 1 (was 2)" in text
 
 
-def test_another_number_of_images_a_step_within_an_epoch(data, tmp_path, monkeypatch):
+def test_another_number_of_images_a_step_within_an_epoch(rectangles, tmp_path, monkeypatch):
     """The place in an epoch is one of images, of which none is left out."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out "
     interrupt_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
         run(line)
@@ -203,8 +193,8 @@ def test_another_number_of_images_a_step_within_an_epoch(data, tmp_path, monkeyp
     assert [(row["epoch"], row["step"]) for row in steps(tmp_path / "out")] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_learning_rates_are_scaled_once(data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --lr_rule linear --lr_batch 2 --warmup_steps 0 "
+def test_learning_rates_are_scaled_once(rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --lr_rule linear --lr_batch 2 --warmup_steps 0 "
     line += "--lr 1e-3 --lr_schedule step --lr_drop 9 "
     interrupt_after(monkeypatch, 5)
     with pytest.raises(Interrupted):
@@ -274,8 +264,8 @@ def test_steps_have_the_same_images_however_they_are_shared_out():
         assert images_of_steps(*shape, first_step=4) == whole[4:]
 
 
-def test_workers_do_not_matter(data, tmp_path):
-    lines = [SMALL + f"--coco_path {data} --epochs 1 --num_workers {workers} --color_jitter 0.4 --deterministic "
+def test_workers_do_not_matter(rectangles, tmp_path):
+    lines = [SMALL + f"--coco_path {rectangles} --epochs 1 --num_workers {workers} --color_jitter 0.4 --deterministic "
              f"--output_dir {tmp_path}/{workers}" for workers in (0, 1, 3)]
     try:
         for line in lines:
@@ -285,10 +275,10 @@ def test_workers_do_not_matter(data, tmp_path):
     assert steps(tmp_path / "0") == steps(tmp_path / "1") == steps(tmp_path / "3")
 
 
-def test_fresh_processes_give_the_same_losses(data, tmp_path):
+def test_fresh_processes_give_the_same_losses(rectangles, tmp_path):
     """--deterministic, with other hash seeds."""
     for number in (1, 2):
-        line = DEFORMABLE + f"--coco_path {data} --epochs 1 --deterministic --output_dir {tmp_path}/{number}"
+        line = DEFORMABLE + f"--coco_path {rectangles} --epochs 1 --deterministic --output_dir {tmp_path}/{number}"
         done = subprocess.run([sys.executable, ROOT / "main.py", *line.split()], capture_output=True, text=True,
                               env=os.environ | {"PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0 and "deterministic: the same numbers" in done.stdout, done.stderr

@@ -7,10 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-from small_data import make_rectangles
 from small_training import ROOT, SMALL, STEPS, interrupt_after, run, same_training, steps
 
 import main
@@ -20,17 +18,7 @@ from detr.run_folder import RunFolder
 from detr.structures import NonFiniteError
 from training import Interrupted, Signals
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_rectangles(tmp_path_factory.mktemp("data") / "rectangles")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take as long as these trainings do, and are seen in other tests."""
-    monkeypatch.setattr(training, "picture_of_detections", lambda *_: None)
-    monkeypatch.setattr(training.visualize, "draw_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
@@ -55,18 +43,19 @@ def test_signals(capsys):
         assert left.value.signal == signal.SIGINT
 
 
-def test_trainings_in_other_threads_have_no_signals(data, tmp_path):
+def test_trainings_in_other_threads_have_no_signals(rectangles, tmp_path):
     said = []
-    thread = threading.Thread(target=lambda: said.append(run(SMALL + f"--coco_path {data} --output_dir {tmp_path} "
+    thread = threading.Thread(target=lambda: said.append(run(SMALL + f"--coco_path {rectangles} --output_dir {tmp_path} "
                                                              "--epochs 1")))
     thread.start()
     thread.join()
     assert said and len(steps(tmp_path)) == STEPS
 
 
-def test_the_last_line_and_the_exit_code(data, tmp_path):
+def test_the_last_line_and_the_exit_code(rectangles, tmp_path):
     """As a scheduler sees it: SIGTERM, a line that says how to go on, 128 + 15."""
-    line = SMALL.replace("--epochs 2", "--epochs 500") + f"--coco_path {data} --output_dir {tmp_path} --eval_every 500"
+    line = SMALL.replace("--epochs 2", "--epochs 500")
+    line += f"--coco_path {rectangles} --output_dir {tmp_path} --eval_every 500"
     process = subprocess.Popen([sys.executable, ROOT / "main.py", *line.split()], stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     for said in process.stdout:
@@ -96,8 +85,8 @@ def full(times: int, monkeypatch) -> None:
     monkeypatch.setattr(RunFolder, "save", failing)
 
 
-def test_a_disk_that_is_full_for_a_while(data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --epochs 3 --eval_every 9 --save_every_minutes 0 "
+def test_a_disk_that_is_full_for_a_while(rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --epochs 3 --eval_every 9 --save_every_minutes 0 "
     run(line + f"--output_dir {tmp_path}/whole")
     full(2, monkeypatch)
     _, text = run(line + f"--output_dir {tmp_path}/full")
@@ -106,10 +95,10 @@ def test_a_disk_that_is_full_for_a_while(data, tmp_path, monkeypatch):
     same_training(tmp_path / "whole", tmp_path / "full")
 
 
-def test_a_disk_that_stays_full(data, tmp_path, monkeypatch):
+def test_a_disk_that_stays_full(rectangles, tmp_path, monkeypatch):
     full(3, monkeypatch)
     with pytest.raises(OSError, match="No space left on device\nstopped after 3 writes in a row that failed"):
-        run(SMALL + f"--coco_path {data} --epochs 9 --eval_every 9 --output_dir {tmp_path}")
+        run(SMALL + f"--coco_path {rectangles} --epochs 9 --eval_every 9 --output_dir {tmp_path}")
 
 
 def test_a_log_that_cannot_be_written(tmp_path, capsys):
@@ -135,25 +124,25 @@ def failing(monkeypatch, method: str, times: list[int]) -> None:
     monkeypatch.setattr(RunFolder, method, call)
 
 
-def test_a_signal_on_a_full_disk(data, tmp_path, monkeypatch):
+def test_a_signal_on_a_full_disk(rectangles, tmp_path, monkeypatch):
     """What was not saved is not called saved."""
     interrupt_after(monkeypatch, 2)
     failing(monkeypatch, "save", [0])
     with pytest.raises(Interrupted, match="NOT SAVED at epoch 0, step 2 of 4, and this run has saved no checkpoint"):
-        run(SMALL + f"--coco_path {data} --output_dir {tmp_path}")
+        run(SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}")
 
 
-def test_best_weights_that_could_not_be_written(data, tmp_path, monkeypatch):
+def test_best_weights_that_could_not_be_written(rectangles, tmp_path, monkeypatch):
     """They are the best once more after the next evaluation, where that is no better."""
     failing(monkeypatch, "export", [0])
     monkeypatch.setattr(training, "headline", lambda results: ("AP", 0.5))
-    _, text = run(SMALL.replace("--eval_every 2", "--eval_every 1") + f"--coco_path {data} --output_dir {tmp_path}")
+    _, text = run(SMALL.replace("--eval_every 2", "--eval_every 1") + f"--coco_path {rectangles} --output_dir {tmp_path}")
     assert "NOT SAVED" in text and checkpoint.load(tmp_path / "best.pth")["epoch"] == 1
     assert checkpoint.load(tmp_path / "checkpoint.pth")["best"] == {"name": "AP", "value": 0.5, "epoch": 1}
 
 
-def test_final_weights_that_could_not_be_written(data, tmp_path, monkeypatch):
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path} "
+def test_final_weights_that_could_not_be_written(rectangles, tmp_path, monkeypatch):
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path} "
     with monkeypatch.context() as patched:
         failing(patched, "export", [1])
         with pytest.raises(OSError, match="training has ended, and final.pth could not be written: make room, and"):
@@ -162,9 +151,9 @@ def test_final_weights_that_could_not_be_written(data, tmp_path, monkeypatch):
     assert (tmp_path / "final.pth").exists()
 
 
-def test_predictions_that_cannot_be_written(data, tmp_path, monkeypatch):
+def test_predictions_that_cannot_be_written(rectangles, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Judge, "save", lambda self: (_ for _ in ()).throw(OSError("disk full")))
-    _, text = run(SMALL + f"--coco_path {data} --output_dir {tmp_path}")
+    _, text = run(SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}")
     assert "NOT SAVED: disk full" in text and (tmp_path / "final.pth").exists()
 
 
@@ -204,9 +193,9 @@ def test_half_a_line(tmp_path, monkeypatch, capsys):
     assert logs.whole_lines(tmp_path / "log.txt")[-1] == '{"epoch": 2}'
 
 
-def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, monkeypatch):
+def test_weights_that_are_no_numbers_are_not_saved(rectangles, tmp_path, monkeypatch):
     """What could be used before can be used afterwards."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path} --ema_decay 0 "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path} --ema_decay 0 "
     write = training.StepLog.write
 
     def poisoned(self, epoch, step, values):
@@ -231,14 +220,14 @@ def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
-def test_a_real_disk_that_is_full(data, tmp_path):
+def test_a_real_disk_that_is_full(rectangles, tmp_path):
     """One checkpoint has room there, and not a second one beside it."""
     out = tmp_path / "disk"
     out.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", out], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        line = SMALL + f"--coco_path {data} --epochs 9 --eval_every 9 --output_dir {out}"
+        line = SMALL + f"--coco_path {rectangles} --epochs 9 --eval_every 9 --output_dir {out}"
         done = subprocess.run([sys.executable, ROOT / "main.py", *line.split()], capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 1 and "stopped after 3 writes in a row that failed" in done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import make_rectangles
 from small_training import DEFORMABLE, ROOT, SMALL, STEPS, keep_first_gradient, run, same_training, steps
 from test_train_distributed import torchrun
 from torch import nn
@@ -15,17 +14,7 @@ from torch import nn
 import training
 from detr import checkpoint, trial
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_rectangles(tmp_path_factory.mktemp("data") / "rectangles")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take as long as these trainings do, and are seen in other tests."""
-    monkeypatch.setattr(training, "picture_of_detections", lambda *_: None)
-    monkeypatch.setattr(training.visualize, "draw_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # main.py, whose process 1 is killed at a step of its first start.
@@ -67,10 +56,10 @@ main.main(main.get_args_parser().parse_args())
 """
 
 
-def test_a_killed_process_comes_back(data, tmp_path):
+def test_a_killed_process_comes_back(rectangles, tmp_path):
     """``torchrun --max-restarts`` starts all processes again, which go on from the last checkpoint."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
-    line = (SMALL + f"--coco_path {data} --eval_every 1 --resume auto --save_every_minutes 0.0001").split()
+    line = (SMALL + f"--coco_path {rectangles} --eval_every 1 --resume auto --save_every_minutes 0.0001").split()
     (tmp_path / "never").touch()
     for name, mark in (("calm", "never"), ("hurt", "mark")):
         done = torchrun(tmp_path / "fragile.py", tmp_path / mark, *line, "--output_dir", tmp_path / name, restarts=1)
@@ -80,12 +69,12 @@ def test_a_killed_process_comes_back(data, tmp_path):
 
 
 @pytest.mark.parametrize("model", [SMALL, DEFORMABLE], ids=["detr", "deformable"])
-def test_gradients_do_not_depend_on_how_a_step_is_shared_out(model, data, tmp_path, monkeypatch):
+def test_gradients_do_not_depend_on_how_a_step_is_shared_out(model, rectangles, tmp_path, monkeypatch):
     """One process with eight images, two with four, one with two four times: the same gradient and the same schedule.
     Also with classes that weigh differently, and with images that are empty."""
     (tmp_path / "gradients.py").write_text(GRADIENTS)
-    line = (model + f"--coco_path {data} --dropout 0 --backbone_norm group --epochs 1 --class_weights auto --lr 1e-4 "
-            "--global_batch_size 8 ").split()
+    line = (model + f"--coco_path {rectangles} --dropout 0 --backbone_norm group --epochs 1 --class_weights auto "
+            "--lr 1e-4 --global_batch_size 8 ").split()
     found = {}
     for batch_size, processes in ((8, 1), (4, 2), (2, 1)):
         name = f"{batch_size}x{processes}"
@@ -131,17 +120,17 @@ main.main(main.get_args_parser().parse_args())
 
 
 @pytest.mark.parametrize("model", [SMALL, DEFORMABLE], ids=["detr", "deformable"])
-def test_a_process_that_has_only_empty_images(model, data, tmp_path):
+def test_a_process_that_has_only_empty_images(model, rectangles, tmp_path):
     """Nobody waits for it, and losses are finite."""
     (tmp_path / "empty.py").write_text(EMPTY)
-    done = torchrun(tmp_path / "empty.py", *model.split(), "--coco_path", data, "--output_dir", tmp_path / "out",
+    done = torchrun(tmp_path / "empty.py", *model.split(), "--coco_path", rectangles, "--output_dir", tmp_path / "out",
                     "--epochs", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = steps(tmp_path / "out")
     assert len(rows) == STEPS and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
 
 
-def test_memory_that_runs_out(data, tmp_path, monkeypatch):
+def test_memory_that_runs_out(rectangles, tmp_path, monkeypatch):
     """One message: what was computed, what there is, and flags with which the worst batch of this data went through."""
     def too_much(*args, guard, **kwargs):
         guard.doing = {"shape": [4, 3, 64, 72], "objects": 5, "where": "epoch 0, step 3"}
@@ -157,7 +146,7 @@ def test_memory_that_runs_out(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_one_epoch", too_much)
     monkeypatch.setattr(trial, "fits", fits)
     with pytest.raises(MemoryError) as error:
-        run(SMALL.replace("--batch_size 2", "--batch_size 4") + f"--coco_path {data} --output_dir {tmp_path} "
+        run(SMALL.replace("--batch_size 2", "--batch_size 4") + f"--coco_path {rectangles} --output_dir {tmp_path} "
             "--backbone_norm group --bucket_train")
     text = str(error.value)
     assert text.startswith("out of memory at epoch 0, step 3: a batch [4, 3, 64, 72] with 5 objects")
@@ -166,10 +155,10 @@ def test_memory_that_runs_out(data, tmp_path, monkeypatch):
     assert len(set(tried)) == 1 and tried[0] > 1e8
 
 
-def test_the_batch_size_that_fits(data, tmp_path, monkeypatch):
+def test_the_batch_size_that_fits(rectangles, tmp_path, monkeypatch):
     """Found by trying, divides what is asked for, and leaves no trace in the training."""
     line = (SMALL.replace("--batch_size 2 --global_batch_size 4", "--global_batch_size 8")
-            + f"--coco_path {data} --backbone_norm group --epochs 1 ")
+            + f"--coco_path {rectangles} --backbone_norm group --epochs 1 ")
     _, text = run(line.replace("--global_batch_size 8", "--lr_batch 8 --lr_rule sqrt")
                   + f"--auto_batch_size --output_dir {tmp_path}/rule")
     assert "a step has 8 images, as many as the learning rates are for (--lr_batch)" in text
@@ -184,9 +173,9 @@ def test_the_batch_size_that_fits(data, tmp_path, monkeypatch):
         run(line + "--auto_batch_size --batch_size 2")
 
 
-def test_fewer_processes_go_on(data, tmp_path):
+def test_fewer_processes_go_on(rectangles, tmp_path):
     """Two processes are stopped within an epoch; one goes on, with the images that they would have had."""
-    line = (SMALL + f"--coco_path {data} --dropout 0 --backbone_norm group --ema_decay 0 "
+    line = (SMALL + f"--coco_path {rectangles} --dropout 0 --backbone_norm group --ema_decay 0 "
             f"--output_dir {tmp_path}/out --resume auto").split()
     (tmp_path / "stopped.py").write_text(FRAGILE.replace("os.kill(os.getpid(), signal.SIGKILL)",
                                                          "signal.raise_signal(signal.SIGTERM)"))
@@ -206,11 +195,11 @@ def test_fewer_processes_go_on(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has FSDP2 for GPUs alone")
 @pytest.mark.parametrize("first, then", [("--fsdp", ""), ("", "--fsdp")])
-def test_shared_out_weights(first, then, data, tmp_path):
+def test_shared_out_weights(first, then, rectangles, tmp_path):
     """FSDP2 on two processes and plain training on two: the same losses, and each goes on from the other's checkpoint."""
     (tmp_path / "program.py").write_text(FRAGILE)
     (tmp_path / "never").touch()
-    line = (SMALL + f"--coco_path {data} --dropout 0 --backbone_norm group --sgd --lr 1e-3 --lr_backbone 1e-3 "
+    line = (SMALL + f"--coco_path {rectangles} --dropout 0 --backbone_norm group --sgd --lr 1e-3 --lr_backbone 1e-3 "
             "--eval_every 1 --resume auto").split()
     for name, flags in (("plain", ("", "")), ("changed", (first, then))):
         for epochs, flag in zip(("1", "2"), flags):

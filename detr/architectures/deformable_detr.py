@@ -21,8 +21,8 @@ from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
 from ..denoising import Denoising, DenoisingQueries, Noising, collect
 from ..encoder import DeformableTransformerEncoder
-from ..feature_levels import build_input_proj, flatten_levels, project
-from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
+from ..feature_levels import build_input_proj
+from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head, multi_scale_maps
 from ..losses import box_loss, cardinality_error
 from ..mask_head import Intermediates
 from ..nested_tensor import NestedTensor, as_nested_tensor
@@ -265,11 +265,8 @@ class DeformableDETR(nn.Module):
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
         """Backbone, levels, encoder, queries, decoder with its heads."""
         images = as_nested_tensor(samples)
-        features = list(self.backbone[-2](images).values())
-        maps = project(self.input_proj, features[self.finer:], images)
-        positions = [self.backbone[-1](x).to(x.tensors.dtype) for x in maps]
-        levels = flatten_levels(maps, positions, self.transformer.level_embed)
-        memory = self.transformer.encoder(levels)
+        maps = multi_scale_maps(self, images)
+        levels, memory = maps.levels, self.transformer.encoder(maps.levels)
         outputs: Outputs = {}
         if self.two_stage:
             queries, outputs["enc_outputs"], outputs["invalid_queries"] = self.transformer.propose(
@@ -282,5 +279,4 @@ class DeformableDETR(nn.Module):
         queries = Queries(content, self.transformer.positions(position, noised), reference)
         layers, content = self.transformer.decoder(queries, memory, levels, self.class_embed, self.bbox_embed, attn_mask)
         outputs |= collect(layers, noised, self.aux_loss)
-        last = len(features) - self.finer - 1
-        return LevelSteps(outputs, features, maps[last].tensors, content[:, -self.num_queries:], memory, levels, last)
+        return LevelSteps(outputs, maps, content[:, -self.num_queries:], memory)

@@ -19,8 +19,8 @@ from ..decoder import DeformableTransformerDecoderLayer
 from ..deformable_attention import MSDeformAttn
 from ..denoising import DenoisingQueries, Noising, collect
 from ..encoder import DeformableTransformerEncoder
-from ..feature_levels import build_input_proj, flatten_levels, project
-from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head
+from ..feature_levels import build_input_proj
+from ..focal_detectors import Built, LevelSteps, MultiScaleConfig, for_mask_head, multi_scale_maps
 from ..losses import box_loss, box_parts, cardinality_error
 from ..mask_head import Intermediates
 from ..mlp import MLP
@@ -201,16 +201,12 @@ class DINO(nn.Module):
     def steps(self, samples: NestedTensor | Tensor | list[Tensor], targets: Sequence[Target] | None) -> LevelSteps:
         """Backbone, levels, encoder, queries, decoder with its heads."""
         images = as_nested_tensor(samples)
-        features = list(self.backbone[-2](images).values())
-        maps = project(self.input_proj, features[self.finer:], images)
-        positions = [self.backbone[-1](x).to(x.tensors.dtype) for x in maps]
-        levels = flatten_levels(maps, positions, self.transformer.level_embed)
-        memory = self.transformer.encoder(levels)
+        maps = multi_scale_maps(self, images)
+        levels, memory = maps.levels, self.transformer.encoder(maps.levels)
         warn_of_few(memory.shape[1], self.num_queries, images.tensors.shape)
         queries, proposals, invalid = self.transformer.propose(memory, levels)
         content, reference, attn_mask, noised = self.denoising(targets, self.label_enc, *queries)
         layers, content = self.transformer.decoder(Queries(content, reference), memory, levels, attn_mask)
         outputs: Outputs = {**collect(layers, noised, self.aux_loss), "interm_outputs": proposals,
                             "invalid_queries": invalid}
-        last = len(features) - self.finer - 1
-        return LevelSteps(outputs, features, maps[last].tensors, content[:, -self.num_queries:], memory, levels, last)
+        return LevelSteps(outputs, maps, content[:, -self.num_queries:], memory)

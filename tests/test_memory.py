@@ -207,7 +207,7 @@ def traced(monkeypatch):
 
 
 SIZES = [[(64, 96), (96, 64)], [(64, 64), (32, 64)], [(96, 128), (96, 128)],
-         [(100, 131), (128, 90)], [(160, 32), (32, 160)]]
+         [(100, 131), (128, 90)], [(160, 32), (32, 160)], [(64, 160), (64, 160)]]
 
 
 def compare(model: nn.Module, eager: nn.Module, criterion: nn.Module, sizes: list[list[tuple[int, int]]]) -> None:
@@ -249,9 +249,9 @@ def test_what_is_traced_computes_the_same(traced, name, flags):
     assert list(model.state_dict()) == list(eager.state_dict())
     if checkpointing:
         checkpoint_activations(model)
-    compare(model, eager, criterion, SIZES[:2])
+    compare(model, eager, criterion, SIZES[:3])                                     # with padding, and without
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compare(model, eager, criterion, SIZES[2:])
+    compare(model, eager, criterion, SIZES[3:])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs         # new sizes are not compiled anew
 
 

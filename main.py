@@ -75,7 +75,8 @@ GROUPS: list[tuple[str, type, tuple[str, ...] | None]] = [
      ("with_box_refine", "two_stage", "query_content", "position_embedding_scale", "lr_backbone_names",
       "lr_linear_proj_names", "lr_linear_proj_mult")),
     ("models with proposals", ProposalDETRConfig, ("box_prior",)),
-    ("DAB-DETR, DAB-Deformable-DETR, DINO", DABDETRConfig, ("num_patterns", "pe_temperature", "num_select")),
+    ("DAB-DETR, DAB-Deformable-DETR", DABDETRConfig, ("num_patterns",)),
+    ("DAB-DETR, DINO", DABDETRConfig, ("pe_temperature", "num_select")),
     ("denoising", DenoisingConfig, ("denoising", "dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")),
     ("DINO", DINOConfig, ("interm_loss_coef",)),
 ]

@@ -29,6 +29,8 @@ from datasets.split import IMAGE_SUFFIXES, SPLITS, Format, Note, Split
 
 ACTIONS = {STOP: "training does not begin", SKIP: "left out of training", FIX: "mended in memory, the files stay as "
            "they are", NOTE: "used as it is"}
+CROWDED = "images with more objects than queries"
+"""Nothing stops a training that cannot find them, but what there is to do is said at once."""
 ORDINARY = ("crowds", "images without objects", "kinds of image files", "how the files were read")
 """Said by others, or nothing to act on."""
 TRAINED = {"train": "training", "val": "validation"}
@@ -61,15 +63,16 @@ class Report(NamedTuple):
         return [finding for finding in self.findings if finding.action == STOP]
 
     def brief(self) -> str:
-        """A few lines: what stops training in full, of the rest how many rows there are."""
+        """A few lines: what stops training and too few queries in full, of the rest how many rows there are."""
         said = [finding for finding in self.findings if finding.kind not in ORDINARY]
         lines = [f"data check: {self.format}, {', '.join(self.splits) or 'nothing that can be read'}; "
                  + (f"{counted(len(self.stops), 'fault')} to correct before training" if self.stops else
                     "nothing stops training") + (" (from the check of the same files before)" if self.cached else "")]
         for finding in said:
+            in_full = finding.action == STOP or finding.kind == CROWDED
             what = f"{finding.kind}: {finding.count} ({few(finding.rows, 2)})"
             lines.append(f"    {finding.action:<4}  {finding.split + ': ' if finding.split else ''}"
-                         + (finding.line() if finding.action == STOP else what))
+                         + (finding.line() if in_full else what))
         return "\n".join(lines)
 
     def table(self, most: int = 3) -> str:
@@ -369,7 +372,7 @@ def _of_objects(part: _Part, num_queries: int | None) -> Iterator[Finding]:
     if num_queries is not None and (full := np.flatnonzero(counts > num_queries).tolist()):
         full.sort(key=lambda i: -counts[i])
         most = int(counts.max())
-        yield part.finding("images with more objects than queries", NOTE,
+        yield part.finding(CROWDED, NOTE,
                            f"{counted(len(full), 'image')} with more than {num_queries} objects, up to {most}; a model "
                            f"of {num_queries} queries finds no more than these: give --num_queries {most} or more (of "
                            f"models with --num_patterns, each query counts as many times)",

@@ -51,13 +51,13 @@ def build_model(
     from . import checkpoint, config
     from .backbone import backbone_of, body_of, fitting_norm
     from .backbone import pretrained as pretrained_weights
-    from .presets import ARCHITECTURES, PRESETS
+    from .presets import ARCHITECTURES, PRESETS, models_with
 
     if not isinstance(model, str):
         flags = config.typed_flags(model, [*ARCHITECTURES, config.DataConfig]) | flags
         model = getattr(model, "model", None) or "detr_resnet50"
     if model not in PRESETS:
-        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)} "
+        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS) or '.'} "
                          f"Known are {', '.join(PRESETS)}")
     preset = PRESETS[model]
     if num_classes is None:
@@ -65,6 +65,9 @@ def build_model(
     defaults = {field.name: field.default for field in dataclasses.fields(ARCHITECTURES[0])}    # the original flags
     wanted = {name: value for name, value in flags.items()
               if hasattr(preset.model, name) or name not in defaults or value != defaults[name]}
+    for name in wanted:
+        if not hasattr(preset.model, name) and (others := models_with(name)):
+            raise ValueError(f"{model} has no option {name!r}{others}")
     own, _ = config.divide(wanted, preset.model)
     if own.get("frozen_stages") and {**dataclasses.asdict(preset.model), **own}["from_scratch"]:
         raise ValueError(f"frozen_stages={own['frozen_stages']} and from_scratch=True, which trains the whole backbone, "

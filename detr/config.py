@@ -104,7 +104,7 @@ class MaskConfig(ModelConfig):
 class DenoisingConfig:
     """What configurations of architectures that can learn by denoising have besides; a base beside another."""
     denoising: bool = flag(False, "in training, let further queries find objects again of which they are told the class "
-                           "and the box with noise")
+                           "and the box with noise; DINO does by itself, unless --no_denoising says otherwise")
     dn_number: int = flag(100, "denoising queries of an image, without DINO's negatives, which are as many again: groups "
                           "of one for each object, as many as fit, at least one; below 50 it is half of the number of "
                           "groups", least=1)
@@ -312,8 +312,8 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean X?"`` for the name most like ``name``, or nothing."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    """``"; did you mean X?"`` for the name most like ``name``, or nothing where none is like it."""
+    found = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 

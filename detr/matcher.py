@@ -93,6 +93,7 @@ class HungarianMatcher(nn.Module):
                              "weight")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.class_cost = class_cost
+        self.most = 0                                       # objects of an image of which a warning has told
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: Sequence[Target]) -> Match:
@@ -102,9 +103,9 @@ class HungarianMatcher(nn.Module):
         Several decoder layers are matched at once as so many more images with the same targets: ``[K * B, Q, ...]`` and
         ``[*targets] * K``. A GPU is waited for once, however many there are.
 
-        An image without objects matches nothing. Where an image has more objects than queries, the cheapest are
-        matched and a warning counts the rest. Raises ``NonFiniteError`` where predictions or boxes are not numbers, those
-        of images without objects and of classes that no object has, too.
+        An image without objects matches nothing. Where an image has more objects than queries, the cheapest are matched;
+        a warning counts the rest, and comes again only where an image has still more. Raises ``NonFiniteError`` where
+        predictions or boxes are not numbers, those of images without objects and of classes that no object has, too.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         counts = [len(target["labels"]) for target in targets]
@@ -135,9 +136,10 @@ class HungarianMatcher(nn.Module):
                 costs = 0
         assign_all(waiting, match)
         surplus = sum(max(0, len(target["labels"]) - boxes.shape[1]) for target in {id(t): t for t in targets}.values())
-        if surplus:
+        if surplus and max(counts) > self.most:
+            self.most = max(counts)
             warnings.warn(f"{surplus} objects of this batch have no query to match: images have up to {max(counts)} "
-                          f"objects and the model {boxes.shape[1]} queries; raise --num_queries", stacklevel=2)
+                          f"objects and the model {boxes.shape[1]} queries; raise --num_queries", stacklevel=3)
         return match
 
     def problems(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target],

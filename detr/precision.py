@@ -16,12 +16,16 @@ def choose_precision(amp: str, device: torch.device) -> str:
         say("--amp fp16: processors compute slowly in it; bf16 is what they may be fast in")
     if amp != "auto":
         return amp
-    if device.type == "cpu":
-        fast = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = fast_in_bf16(device)
     say(f"training in {'bfloat16' if fast else 'float32, since this processor has no fast bfloat16'} (--amp auto)")
     return "bf16" if fast else "off"
+
+
+def fast_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16."""
+    if device.type == "cpu":
+        return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -14,7 +14,7 @@ from .backbone import fitting_norm, has_statistics, scratch_norm
 from .backbone.resnet import SIZES as RESNETS
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from .distributed import say
-from .presets import PRESETS
+from .presets import PRESETS, models_with
 from .structures import Category
 
 
@@ -62,7 +62,8 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     if name is None:
         name = "detr_resnet50" if given or typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
     if name not in PRESETS:
-        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)} Known are {', '.join(PRESETS)}")
+        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS) or '.'} "
+                         f"Known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
         raise ValueError(f"--model {name}: {source} holds a {remembered['name']}; leave --model out")
@@ -71,7 +72,7 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
     for flag in typed:
         if flag not in allowed:
-            raise ValueError(f"--{flag}: {name} has no such option{config.nearest(flag, allowed, '--')}")
+            raise ValueError(f"--{flag}: {name} has no such option{models_with(flag)}")
     for part, base in parts.items():
         fields = {field.name for field in dataclasses.fields(base)}
         before = remembered.get(part, {})

@@ -73,6 +73,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main as command_line
 from datasets import collate
 from detr import build_model, config, list_models, memory, sharding
 from detr.backbone import backbone_of
@@ -80,7 +81,7 @@ from detr.backbone.resnet import fold_norms
 from detr.config import TrainConfig
 from detr.nested_tensor import NestedTensor
 from detr.optimization import make_optimizer
-from detr.precision import autocast
+from detr.precision import autocast, fast_in_bf16
 from detr.presets import PRESETS
 from detr.structures import Outputs, Target
 from engine import add_up_gradients, readings, to_device
@@ -98,8 +99,8 @@ AGREES = 1e-3                                   # the most that what has our wei
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="The head of this file says what is "
-                                     "measured and how.")
+    parser = command_line.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                 epilog="The head of this file says what is measured and how.")
     parser.add_argument("--model", nargs="+", default=["detr_resnet50", "deformable_detr_resnet50"],
                         choices=list_models(), metavar="PRESET", help="models to measure, one after another, of "
                         f"{', '.join(list_models())} (default: detr_resnet50 deformable_detr_resnet50)")
@@ -112,8 +113,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", nargs="+", type=height_and_width, metavar="HxW",
                         help="of the images in pixels (default: forward 800x1066, train 480x640; on CUDA both 800x1066)")
     parser.add_argument("--objects", type=int, default=7, help="of each image, in training (default: %(default)s)")
-    parser.add_argument("--precision", nargs="+", default=list(AMP), choices=AMP, help="what all sides compute in "
-                        "(default: both)")
+    parser.add_argument("--precision", nargs="+", choices=AMP, help="what all sides compute in (default: both, or "
+                        "float32 alone on a processor without instructions for bfloat16)")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ... "
                         "(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="on CPU (default: PyTorch's)")
@@ -448,7 +449,7 @@ class Peers:
         sides: list[Side] = []
         for name in names:
             try:
-                if why := peers.missing("transformers" if name == "transformers" else "torchvision"):
+                if why := peers.missing(peers.package_of(name)):
                     raise ValueError(why)
                 sides += self.of(functools.partial(self.make, name))
             except ValueError as error:
@@ -671,8 +672,14 @@ def peak_of(side: Side, ours: OurModel) -> int:
     return memory.peak_memory(side.call, ours.device) - before
 
 
+def title_of(case: dict[str, Any]) -> str:
+    return f"{case['model']}, {case['mode']}, batch {case['batch']}, {case['size'][0]}x{case['size'][1]}"
+
+
 def apart(case: dict[str, Any], *side: str) -> dict[str, Any]:
     """``measure``, or ``measure_memory`` of a side, in a process of its own, whose memory nothing else has touched."""
+    print(f"{title_of(case)}: measuring {'memory of ' + ' '.join(side) if side else 'time'} ...", file=sys.stderr,
+          flush=True)
     done = subprocess.run([sys.executable, __file__, "--case", json.dumps([case, *side])], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
@@ -774,14 +781,20 @@ def cases_of(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     cuda = device.type == "cuda"
     batches = {"forward": [1, 16] if cuda else [1], "train": [16] if cuda else [2]}
     sizes = {"forward": [(800, 1066)], "train": [(800, 1066) if cuda else (480, 640)]}
-    common = {"flags": flags_of(args.flags), "objects": args.objects, "precision": args.precision, "device": str(device),
-              "threads": args.threads or torch.get_num_threads(), "repeats": args.repeats, "clock": args.clock,
-              "compile": args.compile, "compare": list(PEERS) if args.compare == [] else args.compare or [],
+    common = {"flags": flags_of(args.flags), "objects": args.objects, "precision": precisions(args, device),
+              "device": str(device), "threads": args.threads or torch.get_num_threads(),
+              "repeats": args.repeats, "clock": args.clock, "compile": args.compile,
+              "compare": list(PEERS) if args.compare == [] else args.compare or [],
               "keep_memory": args.keep_memory, "dropout": args.dropout, "no_memory": args.no_memory,
               "no_parts": args.no_parts, "matrix": 8192 if cuda else 2048}
     return [{"model": model, "mode": mode, "batch": batch, "size": list(size), **common}
             for model in args.model for mode in args.mode for batch in args.batch or batches[mode]
             for size in args.size or sizes[mode]]
+
+
+def precisions(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """Those asked for; by default those that the device is made for."""
+    return args.precision or [name for name in AMP if name == "float32" or fast_in_bf16(device)]
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -799,11 +812,17 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         settings_of(case)                                       # misspelt flags fail before anything is measured
     facts = machine(device, cases[0]["threads"])
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()) + ("" if there else "; no GPU here"), flush=True)
+    if not args.precision and "bf16" not in cases[0]["precision"]:
+        print("bf16 left out: this processor has no instructions for it; --precision float32 bf16 measures it all the "
+              "same, slowly", flush=True)
+    for name in cases[0]["compare"]:
+        if why := peers.missing(peers.package_of(name)):
+            print(f"{name} left out: {why}", flush=True)
     found = []
     said: set[str] = set()
     for case in cases:
+        title = title_of(case)
         found.append(done := figures(case))
-        title = f"{case['model']}, {case['mode']}, batch {case['batch']}, {case['size'][0]}x{case['size'][1]}"
         for name, why in done["left_out"].items():
             if (text := f"{name} left out of {case['model']}: {why}") not in said:
                 print(text, flush=True)

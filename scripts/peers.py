@@ -48,6 +48,11 @@ class Peer(NamedTuple):
     note: str = ""                              # what is not the same
 
 
+def package_of(name: str) -> str:
+    """The package that a peer comes from."""
+    return "transformers" if name == "transformers" else "torchvision"
+
+
 def missing(package: str) -> str | None:
     """Why a package cannot be compared with, if so."""
     needed = {"transformers": ("transformers", "timm", "scipy"), "torchvision": ("torchvision",)}[package]

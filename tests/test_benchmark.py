@@ -202,6 +202,15 @@ def test_flops_are_those_of_pytorchs_counter():
         assert product.sums.tolist() == pytest.approx([240, 296, seconds])  # 2 * 4 * 5 * 6; 4 * (24 + 30 + 20)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_where_it_is_fast(fast, monkeypatch):
+    monkeypatch.setattr(benchmark, "fast_in_bf16", lambda device: fast)
+    parser = benchmark.get_args_parser()
+    for flags, wanted in (("", ["float32", "bf16"][:1 + fast]), ("--precision bf16", ["bf16"])):
+        case = benchmark.cases_of(parser.parse_args(flags.split()), torch.device("cpu"))[0]
+        assert case["precision"] == wanted
+
+
 def test_fields(tmp_path, capsys, monkeypatch):
     """A whole run, forward and training, in this process; and its table and json."""
     monkeypatch.setattr(benchmark, "apart", lambda case, *side: benchmark.measure_memory(case, *side) if side
@@ -209,7 +218,7 @@ def test_fields(tmp_path, capsys, monkeypatch):
     file = tmp_path / "speed.json"
     args = benchmark.get_args_parser().parse_args(
         ["--model", "tiny_detr", "--size", "64x96", "--threads", "1", "--repeats", "2", "--device", "cpu",
-         "--json", str(file)])
+         "--precision", "float32", "bf16", "--json", str(file)])
     benchmark.main(args)
     text, found = capsys.readouterr().out, json.loads(file.read_text())
     assert found["machine"]["threads"] == 1 and [case["mode"] for case in found["cases"]] == ["forward", "train"]

@@ -56,7 +56,7 @@ class SetCriterion(nn.Module):
             shared = divisors.of_copies(predictions.get("copies", 1))
             for loss in self.losses:
                 values |= {name + suffix: value for name, value in loss(predictions, objects, match, shared).items()}
-            if not suffix:
+            if not suffix and self.training:
                 values |= self.nothing_denoised(values)
         return {name: value for name, value in values.items() if not name.startswith("class_error_")}   # one is enough
 

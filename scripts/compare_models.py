@@ -47,6 +47,7 @@ from datasets.formats import recognise
 from datasets.synthetic import synthetic_data
 from detr import checkpoint, list_models
 from detr.compare_runs import style_of
+from detr.config import nearest
 from detr.logs import whole_lines
 from detr.run_folder import NEWEST, code_revision
 from detr.visualize import BLACK, COCO_NUMBERS, heading, read_log
@@ -117,6 +118,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     idle = [f"--{name}" for name in sorted(args.typed - {"plot_only", "models"})] + ["--"] * ("--" in words)
     if args.plot_only and idle:
         raise ValueError(f"{idle[0]} has no effect with --plot_only, which trains nothing; leave it out")
+    for name in () if args.plot_only else args.models or ():
+        if name not in list_models():
+            raise ValueError(f"--models {name} is not known{nearest(name, list_models()) or '.'} Small ones are "
+                             f"{', '.join(args.tiny)}")
     for name in ("models", "seeds"):
         if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):
             raise ValueError(f"--{name} {' '.join(map(str, getattr(args, name)))}: name each once")
@@ -433,8 +438,9 @@ def report(curves: Sequence[Curve], wanted: int, failures: Mapping[str, str], fo
     target, data = target_of(models), facts["settings"]["data"]["data"]
     print(f"\n{table(models, wanted, target)}\n")
     epochs = facts["settings"]["train"]["epochs"]
-    print(f"Medians over seeds, after {epochs} epochs from random weights. AP {target:.3f} is {SHARE:.0%} of the best. "
-          f"Seconds of training, without evaluation; {sharing(facts)}: they compare only where that is the same.")
+    print(f"Medians over seeds, after {counted(epochs, 'epoch')} from random weights. AP {target:.3f} is {SHARE:.0%} of "
+          f"the best. Seconds of training, without evaluation; {sharing(facts)}: they compare only where that is the "
+          f"same.")
     rows = [model._asdict() | {"runs": [{"seed": curve.seed, "seconds": curve.seconds, "ap": curve.ap, "ap50": curve.ap50,
                                          "revision": curve.facts.get("revision")}
                                         for curve in curves if curve.model == model.model]} for model in models]
@@ -459,8 +465,9 @@ def draw(models: Sequence[Learning], data: str, facts: Mapping[str, Any], out: P
     seeds = [len(model.seeds) for model in models]
     top = max(0.05, *(1.08 * max(model.high) for model in models))
     ends = apart([model.ap[-1] for model in models], 0.2 / high * top, 0.02 * top, 0.98 * top)
-    details = (f"{f'{prefix} presets on ' if prefix else ''}{data}, {facts['settings']['train']['epochs']} epochs from "
-               f"random weights", "training alone, without evaluation")
+    epochs = counted(facts["settings"]["train"]["epochs"], "epoch")
+    details = (f"{f'{prefix} presets on ' if prefix else ''}{data}, {epochs} from random weights",
+               "training alone, without evaluation")
     for number, (over, detail) in enumerate(zip(("images", "seconds"), details)):
         start = left + number * (left + panel + beside)
         axes = figure.add_axes((start / width, below / height, panel / width, high / height))

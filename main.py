@@ -333,9 +333,9 @@ def run(settings: Settings, device: torch.device, given: tuple[Any, Any] | None 
         + (sharing_in_words(sharing) if sharing else "images per process: the most that fit (--auto_batch_size)"))
     if settings.note:
         say(settings.note)
-    if getattr(settings.model, "denoising", False) and not settings.run.eval and settings.frozen is None:
-        say(f"denoising: {settings.model.dn_number} further queries (--dn_number), noise of boxes "         # type: ignore
-            f"{settings.model.dn_box_noise_scale:g}, of classes {settings.model.dn_label_noise_ratio:g}")    # type: ignore
+    if getattr(settings.model, "denoising", False) and not settings.run.eval and frozen_file(settings) is None:
+        say("denoising: on; " + ", ".join(f"--{name} {getattr(settings.model, name):g}" for name in
+                                          ("dn_number", "dn_box_noise_scale", "dn_label_noise_ratio")))
     training, validation, preprocessing = given_data(settings, *given) if given else load_data(settings)
     torch.manual_seed(train.seed)
     model, criterion, postprocessors = build(settings, validation, training, preprocessing, device)

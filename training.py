@@ -201,8 +201,8 @@ class Training:
         rates = ", ".join(f"{rate:.4g}" for rate in sorted({group["lr"] for group in groups}, reverse=True))
         say(f"learning rates: {rates}; {train.lr_schedule} schedule, {train.warmup_steps} steps of warm-up")
         if 0 < steps_per_epoch * train.epochs <= train.warmup_steps:
-            say(f"--warmup_steps {train.warmup_steps}: the training has {steps_per_epoch * train.epochs} steps, so that "
-                f"learning rates rise to its end and never are what was asked for; give fewer")
+            say(f"--warmup_steps {train.warmup_steps}: the training has no more than {steps_per_epoch * train.epochs} "
+                f"steps, so that learning rates hardly get to what was asked for; give fewer")
         if factor != 1:
             say(f"learning rates: times {factor:.4g}, since a step has {sharing.images} images and the recipe's "
                 f"{train.lr_batch} (--lr_rule {train.lr_rule}); warm-up {train.warmup_steps} steps, --ema_decay "

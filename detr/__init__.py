@@ -46,18 +46,19 @@ def build_model(
 
     Weights are random. Nothing is downloaded unless asked for: ``pretrained=True`` fetches the published weights,
     ``pretrained_backbone=True`` the backbone's ImageNet weights. Raises ValueError for names and flags that do not
-    exist, naming the nearest that does.
+    exist, naming the nearest that does, and the models that have a flag which this one has not.
     """
     from . import checkpoint, config
     from .backbone import backbone_of, body_of, fitting_norm
     from .backbone import pretrained as pretrained_weights
-    from .presets import ARCHITECTURES, PRESETS, models_with
+    from .presets import ARCHITECTURES, PRESETS
+    from .settings import models_with
 
     if not isinstance(model, str):
         flags = config.typed_flags(model, [*ARCHITECTURES, config.DataConfig]) | flags
         model = getattr(model, "model", None) or "detr_resnet50"
     if model not in PRESETS:
-        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS) or '.'} "
+        raise ValueError(f"model {model!r} is not known{config.nearest(model, PRESETS)} "
                          f"Known are {', '.join(PRESETS)}")
     preset = PRESETS[model]
     if num_classes is None:
@@ -65,9 +66,10 @@ def build_model(
     defaults = {field.name: field.default for field in dataclasses.fields(ARCHITECTURES[0])}    # the original flags
     wanted = {name: value for name, value in flags.items()
               if hasattr(preset.model, name) or name not in defaults or value != defaults[name]}
+    options = [field.name for field in dataclasses.fields(preset.model)]
     for name in wanted:
-        if not hasattr(preset.model, name) and (others := models_with(name)):
-            raise ValueError(f"{model} has no option {name!r}{others}")
+        if name not in options and (others := models_with(name)):
+            raise ValueError(f"{model} has no option {name!r}{others}{config.nearest(name, options)}")
     own, _ = config.divide(wanted, preset.model)
     if own.get("frozen_stages") and {**dataclasses.asdict(preset.model), **own}["from_scratch"]:
         raise ValueError(f"frozen_stages={own['frozen_stages']} and from_scratch=True, which trains the whole backbone, "

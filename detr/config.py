@@ -312,8 +312,8 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean X?"`` for the name most like ``name``, or nothing where none is like it."""
-    found = difflib.get_close_matches(name, list(names), n=1)
+    """``"; did you mean X?"`` for the name most like ``name``, or nothing where there are none."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 

@@ -56,7 +56,7 @@ def level(layer: Any, source: NestedTensor, like: NestedTensor | None, images: N
     if source.sizes is None:
         x = layer(source.tensors)
         mask = resize_mask(images, x.shape[-2:]) if like is None else like.mask
-        return NestedTensor(x, mask, whole=not images.padded)
+        return NestedTensor(x, mask, whole=source.whole)
     x, sizes = exact_conv(convolution, source.tensors, source.sizes)
     mask = ~valid_mask(sizes, x.shape[-2], x.shape[-1], x.device) if like is None else like.mask
     return NestedTensor(normalised(norm, x, where(x, sizes)), mask, sizes)

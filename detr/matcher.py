@@ -139,7 +139,7 @@ class HungarianMatcher(nn.Module):
         if surplus and max(counts) > self.most:
             self.most = max(counts)
             warnings.warn(f"{surplus} objects of this batch have no query to match: images have up to {max(counts)} "
-                          f"objects and the model {boxes.shape[1]} queries; raise --num_queries", stacklevel=3)
+                          f"objects and the model {boxes.shape[1]} queries; raise --num_queries", stacklevel=5)
         return match
 
     def problems(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target],

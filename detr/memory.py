@@ -27,6 +27,7 @@ Settings = Mapping[str, Any]                # flags by name
 LAYERS = ("encoder.layers", "decoder.layers")
 BODY = "backbone.0.body"
 KERNELS = ("MSDeformAttn",)                 # classes with kernels of their own, which a compiler would do without
+VARIANTS = 64                               # of a compiled layer, before PyTorch would give up compiling it
 GPU_SHARE = 0.9                             # of the memory that is free: fragments take some
 FURTHER = 8                                 # images of a third measurement, where at least twice as many seem to fit
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
@@ -134,6 +135,9 @@ def compile_model(model: nn.Module, device: torch.device | str = "cpu") -> list[
     except Exception as error:
         raise RuntimeError(cannot_compile(error)) from error
     torch._dynamo.config.skip_nnmodule_hook_guards = False      # hooks are noticed, whenever they come
+    # Variants multiply: training or not, one image or several, padding or none, contents with a gradient or without.
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(VARIANTS, getattr(torch._dynamo.config, limit)))
     for _, layer in layers:
         Forward.of(layer).call = compiled(type(layer).forward)
         for part in layer.modules():

@@ -34,15 +34,16 @@ class NestedTensor:
 
     @property
     def padded(self) -> bool:
-        """Whether anything is padding. True, too, where finding out would wait for a GPU, and while a model is compiled
-        or exported, for any batch."""
+        """Whether anything is padding: on a CPU what the mask says; elsewhere, since asking it would wait for the device,
+        what ``whole`` and ``sizes`` say, and without them True. True, too, while a model is compiled or exported, for any
+        batch. Who changes a mask on a GPU makes a new batch of it, without the old sizes."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return True
-        if self.whole:
-            return False
+        if self.mask.device.type == "cpu":
+            return bool(self.mask.any())
         if isinstance(self.sizes, list):
-            return any(tuple(size) != self.mask.shape[-2:] for size in self.sizes)
-        return self.mask.device.type != "cpu" or bool(self.mask.any())
+            return not self.whole and any(tuple(size) != self.mask.shape[-2:] for size in self.sizes)
+        return not self.whole
 
     def key_padding_mask(self) -> Tensor | None:
         """The mask as attention takes it, ``[B, H * W]``, or None where nothing is padding: without one it is faster."""

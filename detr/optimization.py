@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .config import TrainConfig
+from .sharding import any_shared
 
 FUSED = {"cpu", "cuda"}                         # devices for which PyTorch has fused optimizers
 
@@ -66,8 +67,11 @@ def adjusted(train: TrainConfig, images: int) -> tuple[TrainConfig, float]:
 def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, or with ``--sgd`` SGD with momentum, as published for Deformable DETR. Each group has its learning rate. The
     weights are gone over once, where PyTorch has fused optimizers for their device."""
-    fused = {p.device.type for group in groups for p in group["params"]} <= FUSED or None
+    parameters = [p for group in groups for p in group["params"]]
+    fused = {p.device.type for p in parameters} <= FUSED or None
     if train.sgd:
+        if any_shared(parameters):                                      # PyTorch has no fused SGD for these
+            fused = None
         return torch.optim.SGD(groups, lr=train.lr, momentum=0.9, weight_decay=train.weight_decay, fused=fused)
     return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused)
 

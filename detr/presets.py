@@ -116,9 +116,3 @@ PRESETS: dict[str, Preset] = {
                    num_queries=100, dn_number=50),
         TINY_RECIPE, TINY_DATA),
 }
-
-
-def models_with(option: str) -> str:
-    """``"; X, Y have it"``: a preset of each architecture that has an option, for the message that another has not."""
-    names = {type(preset.model): name for name, preset in reversed(PRESETS.items()) if hasattr(preset.model, option)}
-    return f"; {', '.join(reversed(names.values()))} {'have' if len(names) > 1 else 'has'} it" if names else ""

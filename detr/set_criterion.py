@@ -25,7 +25,8 @@ class SetCriterion(nn.Module):
     something there are not told that they see no object, in no layer and in no proposal.
 
     Denoising queries (``denoising.py``) know their objects. There is a copy of each object in each group, so their losses
-    are divided by the number of groups, too. A batch without them has losses of 0 in their place, as published.
+    are divided by the number of groups, too. In training a batch without them has losses of 0 in their place, as
+    published.
 
     ``normalizer`` says what the losses of training are divided by. ``"process"``, as published: box losses by the objects
     of a batch, as a mean over processes; the softmax class loss by the weights of the process's own batch. So the

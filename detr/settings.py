@@ -14,7 +14,7 @@ from .backbone import fitting_norm, has_statistics, scratch_norm
 from .backbone.resnet import SIZES as RESNETS
 from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from .distributed import say
-from .presets import PRESETS, models_with
+from .presets import PRESETS
 from .structures import Category
 
 
@@ -41,6 +41,13 @@ class Settings:
                 "data": dataclasses.asdict(self.data)}
 
 
+def models_with(option: str) -> str:
+    """``", which X, Y have"``: a preset of each architecture that has an option, for the message that another has not."""
+    names = {type(preset.model): name for name, preset in reversed(PRESETS.items())
+             if option in (field.name for field in dataclasses.fields(preset.model))}
+    return f", which {', '.join(reversed(names.values()))} {'have' if len(names) > 1 else 'has'}" if names else ""
+
+
 def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) -> Settings:
     """The flags that were typed, and the preset's name where one was -> settings, in the order: the architecture's
     default, the preset, the checkpoint's configuration, what was typed. ``given``: the data comes from Python, and from
@@ -62,7 +69,7 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     if name is None:
         name = "detr_resnet50" if given or typed.get("coco_path") or typed.get("data") else "tiny_deformable_detr"
     if name not in PRESETS:
-        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS) or '.'} "
+        raise ValueError(f"--model {name} is not known{config.nearest(name, PRESETS)} "
                          f"Known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if remembered and name != remembered["name"]:
@@ -72,7 +79,8 @@ def decide(typed: dict[str, Any], name: str | None = None, given: bool = False) 
     allowed = {field.name for base in parts.values() for field in dataclasses.fields(base)}
     for flag in typed:
         if flag not in allowed:
-            raise ValueError(f"--{flag}: {name} has no such option{models_with(flag)}")
+            raise ValueError(f"--{flag}: {name} has no such option{models_with(flag)}"
+                             f"{config.nearest(flag, allowed, '--')}")
     for part, base in parts.items():
         fields = {field.name for field in dataclasses.fields(base)}
         before = remembered.get(part, {})

@@ -126,11 +126,16 @@ def load_full_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def any_shared(parameters: Iterable[Tensor]) -> bool:
+    """Whether one of them is shared out over processes."""
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """``optimizer.state_dict()``, with whole tensors on the CPU where parameters are shared out, so that it loads
     anywhere. All processes must call it; then all but the main one get the groups alone."""
     state = optimizer.state_dict()
-    if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+    if not any_shared(p for group in optimizer.param_groups for p in group["params"]):
         return state
     whole: dict[int, dict[str, Any]] = {}
     for number, values in state["state"].items():

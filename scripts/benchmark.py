@@ -6,8 +6,9 @@
     python scripts/benchmark.py --device cuda --batch 16 --mode train --compile --compare
 
 Images, weights and targets are random; statistics of frozen normalisations are set so that maps have unit variance.
-Images fill their batch. A case is a model, a mode, a batch and a size; on a CPU it has a process of its own, in which all
-sides take turns: every precision, ours and the peers. On CUDA all share one process.
+Images fill their batch, so that ours needs no mask in attention; peers get theirs, of ones, as they are documented.
+A case is a model, a mode, a batch and a size; on a CPU it has a process of its own, in which all sides take turns: every
+precision, ours and the peers. On CUDA all share one process.
 
     forward      in evaluation, without gradients. ``model``: as it is; ``prepared``: by ``detr.inference.for_prediction``
     train        forward, criterion, backward, gradients clipped to 0.1, AdamW: the steps of ``engine.train_one_epoch``.

@@ -120,7 +120,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"{idle[0]} has no effect with --plot_only, which trains nothing; leave it out")
     for name in () if args.plot_only else args.models or ():
         if name not in list_models():
-            raise ValueError(f"--models {name} is not known{nearest(name, list_models()) or '.'} Small ones are "
+            raise ValueError(f"--models {name} is not known{nearest(name, list_models())} Small ones are "
                              f"{', '.join(args.tiny)}")
     for name in ("models", "seeds"):
         if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):

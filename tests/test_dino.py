@@ -288,12 +288,14 @@ def test_losses_fall(name):
 
 @torch.no_grad()
 def test_nothing_is_denoised_in_evaluation():
-    model, _, _ = build_small("tiny_dino")
+    model, criterion, _ = build_small("tiny_dino")
     state = torch.get_rng_state()
     with_targets, without = model.eval()(images((64, 64)), targets(3)), model(images((64, 64)))
     assert set(with_targets) == set(without) == {*PREDICTED, "aux_outputs", "interm_outputs", "invalid_queries"}
     assert torch.equal(with_targets["pred_boxes"], without["pred_boxes"])
     assert torch.equal(torch.get_rng_state(), state)
+    assert not any("_dn" in name for name in criterion.eval()(without, targets(3)))
+    assert any("_dn" in name for name in criterion.train()(without, targets(3)))
 
 
 def test_denoising_without_noise_is_refused():

@@ -362,7 +362,7 @@ def test_build_model_takes_the_parsers_flags():
     assert criterion.losses[0].eos_coef == 0.2 and model.class_embed.out_features == 4
     model, criterion, _ = build_model(parse("--model tiny_detr --num_queries 5 --focal_alpha 0.2"), num_classes=3)
     assert model.transformer.proposals.num_queries == 5 and criterion.losses[0].alpha == 0.2
-    with pytest.raises(ValueError, match="tiny_detr has no option 'eos_coef'; detr_resnet50 has it"):
+    with pytest.raises(ValueError, match="tiny_detr has no option 'eos_coef', which detr_resnet50 has; did you mean"):
         build_model(parse("--model tiny_detr --eos_coef 0.2"))
 
 

@@ -128,8 +128,14 @@ def test_no_objects_at_all(batch):
 def test_more_objects_than_queries():
     with pytest.warns(UserWarning, match="^7 objects of this batch have no query to match: images have up to 11 "
                                          "objects and the model 6 queries; raise --num_queries$"):
-        match = HungarianMatcher()(outputs(3), targets(8, 2, 11))
+        matcher = HungarianMatcher()
+        match = matcher(outputs(3), targets(8, 2, 11))
     assert [len(query) for query, _ in match] == [6, 2, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matcher(outputs(3), targets(8, 2, 11))                                                      # said once
+    with pytest.warns(UserWarning, match="images have up to 12 objects"):                           # and if it gets worse
+        matcher(outputs(3), targets(8, 2, 12))
 
 
 def test_no_gradient_and_nothing_changed():

@@ -184,7 +184,7 @@ class ProposalTransformer(nn.Module):
         proposals."""
         tokens, position, mask = src.tensors.flatten(2).mT, pos_embed.flatten(2).mT, src.key_padding_mask()
         memory = self.encoder(tokens, mask, position)
-        above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes)
+        above = NestedTensor(memory.mT.reshape(src.tensors.shape), src.mask, src.sizes, src.whole)
         proposals, content, boxes, query_mask = self.proposals(above, fine)
         layers = self.decoder(content, boxes, query_mask, memory, memory + position, mask, map_centres(src.mask))
         return layers, proposals

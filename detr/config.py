@@ -187,7 +187,8 @@ class DataConfig:
     cache_mode: bool = flag(False, "keep all image files in memory, each process its own copy; they are still decoded "
                             "each time")
     fast_images: str = flag("off", "training images: 'on' resizes them by PyTorch, values differ by 1 or 2 of 255 at few "
-                            "places; 'reduced' also decodes large JPEGs at a part of their size",
+                            "places, and AP was lower in three trainings (docs/performance.md); 'reduced' also decodes "
+                            "large JPEGs at a part of their size",
                             ("off", "on", "reduced"))
 
 

@@ -242,7 +242,7 @@ def test_two_comparisons_never_train_in_one_folder(trained, tmp_path, capsys):
     (tmp_path / "stand-in" / "said.json").write_text('{"tiny_detr-0": {"until": 1, "sleep": 60}}')
     other, begun = compare_models.start(run, 1), tmp_path / "stand-in" / "begun.txt"
     try:
-        while not begun.exists() and other.poll() is None:          # it has read what it is to do
+        while not (begun.exists() and begun.read_text()) and other.poll() is None:      # it has read what it is to do
             time.sleep(0.01)
         code, begun = trained(*TWO, "--seeds", 0)
         assert code == 1 and [line[0] for line in begun] == ["tiny_deformable_detr-0"]

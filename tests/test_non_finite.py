@@ -12,13 +12,13 @@ import pytest
 import torch
 from small_training import SMALL, STEPS, run, steps
 from test_train_distributed import torchrun
-from test_training import data, no_pictures  # noqa: F401
 
 import training
 from detr import checkpoint
 from detr.set_criterion import SetCriterion
 from detr.structures import NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 POISONED = 105                                                          # the image
 
 
@@ -40,9 +40,9 @@ def poison(monkeypatch, where: str) -> None:
 
 @pytest.mark.parametrize("where, said", [
     ("image", rf"image \d of the batch \(image_id {POISONED}\): 1 of"), ("boxes", f"image_id {POISONED}")])
-def test_stop(where, said, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_stop(where, said, rectangles, tmp_path, monkeypatch, capsys):
     """The message has the cause, the images, the rate and the steps before; a file shows it again."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out "
     poison(monkeypatch, where)
     with pytest.raises(NonFiniteError) as error:
         run(line)
@@ -58,9 +58,9 @@ def test_stop(where, said, data, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert left.value.code in (0, None) and re.search(said, capsys.readouterr().out)
 
 
-def test_skip(data, tmp_path, monkeypatch):  # noqa: F811
+def test_skip(rectangles, tmp_path, monkeypatch):
     """Such steps are left out, said and counted; weights, averages and statistics never meet them."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --non_finite skip --epochs 3 "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --non_finite skip --epochs 3 "
     poison(monkeypatch, "image")
     _, text = run(line)
     for count in (1, 2, 3):                                             # the image comes once an epoch
@@ -74,9 +74,9 @@ def test_skip(data, tmp_path, monkeypatch):  # noqa: F811
     assert all(math.isfinite(row["train_loss"]) for row in log)
 
 
-def test_skip_at_most(data, tmp_path, monkeypatch):  # noqa: F811
+def test_skip_at_most(rectangles, tmp_path, monkeypatch):
     """A limit that holds for the whole training, its resumed parts included."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --non_finite skip --skip_at_most 2 "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --non_finite skip --skip_at_most 2 "
     poison(monkeypatch, "image")
     run(line + "--epochs 1")
     with pytest.raises(NonFiniteError, match=r"2 steps were left out before \(--skip_at_most\)"):
@@ -84,9 +84,9 @@ def test_skip_at_most(data, tmp_path, monkeypatch):  # noqa: F811
     assert checkpoint.load(tmp_path / "out" / "checkpoint.pth")["epoch"] == 1
 
 
-def test_fp16_overflow_is_no_failure(data, tmp_path):  # noqa: F811
+def test_fp16_overflow_is_no_failure(rectangles, tmp_path):
     """The first loss scale is too large by design: such steps are left out, counted apart, and the scale falls."""
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --amp fp16 --epochs 3"
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --amp fp16 --epochs 3"
     run(line)
     log = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
     state = checkpoint.load(tmp_path / "out" / "checkpoint.pth")
@@ -97,7 +97,7 @@ def test_fp16_overflow_is_no_failure(data, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("first", [0, 4])
-def test_fp16_does_not_hide_gradients_that_are_never_numbers(first, data, tmp_path, monkeypatch):  # noqa: F811
+def test_fp16_does_not_hide_gradients_that_are_never_numbers(first, rectangles, tmp_path, monkeypatch):
     """A few steps may be left out for a smaller loss scale; not all of them."""
     weighted, calls = SetCriterion.weighted_sum, []
 
@@ -107,13 +107,13 @@ def test_fp16_does_not_hide_gradients_that_are_never_numbers(first, data, tmp_pa
         return weighted(self, losses) + nothing
 
     monkeypatch.setattr(SetCriterion, "weighted_sum", broken)
-    line = SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --amp fp16 --epochs 9 "
+    line = SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --amp fp16 --epochs 9 "
     with pytest.raises(NonFiniteError, match="grad_norm = nan"):
         run(line)
     assert len(calls) <= 2 * (18 if first == 0 else first + 6)
 
 
-def test_fp16_steps_that_are_left_out(data, tmp_path, monkeypatch):  # noqa: F811
+def test_fp16_steps_that_are_left_out(rectangles, tmp_path, monkeypatch):
     """Also where the loss scale cannot fall any more."""
     clip, calls = training.sharding.clip, []
 
@@ -122,7 +122,7 @@ def test_fp16_steps_that_are_left_out(data, tmp_path, monkeypatch):  # noqa: F81
         return math.nan if 4 < len(calls) < 12 else clip(model, max_norm)
 
     monkeypatch.setattr("detr.sharding.clip", broken)
-    _, text = run(SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --amp fp16 --epochs 4 --non_finite skip")
+    _, text = run(SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --amp fp16 --epochs 4 --non_finite skip")
     assert "this step is left out (1 of at most 10" in text
 
 
@@ -145,17 +145,17 @@ main.main(main.get_args_parser().parse_args())
 """
 
 
-def test_one_process_of_two(data, tmp_path):  # noqa: F811
+def test_one_process_of_two(rectangles, tmp_path):
     """Both stop, at once, and the message says which process it was."""
     (tmp_path / "poison.py").write_text(POISON_ONE)
-    done = torchrun(tmp_path / "poison.py", *SMALL.split(), "--coco_path", data, "--output_dir", tmp_path / "out")
+    done = torchrun(tmp_path / "poison.py", *SMALL.split(), "--coco_path", rectangles, "--output_dir", tmp_path / "out")
     assert done.returncode and "process 1: " in done.stderr and "process 0: " not in done.stderr
     assert "the input has values that are no numbers: image 0 of the batch" in done.stderr
     assert [name for name in os.listdir(tmp_path / "out") if name.startswith("non_finite")] == \
         ["non_finite_epoch0_step0_process1.pth"]
 
 
-def test_what_is_seen_of_collapse(data, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_seen_of_collapse(rectangles, tmp_path, monkeypatch):
     """A model whose boxes do not depend on the image is said to be so after its second epoch."""
     monkeypatch.setattr(training.CollapseWatch, "LEAST", 8)
     forward = torch.nn.Module.__call__
@@ -166,5 +166,5 @@ def test_what_is_seen_of_collapse(data, tmp_path, monkeypatch):  # noqa: F811
             outputs["pred_boxes"] = outputs["pred_boxes"] * 1e-4 + 0.5
         return outputs
     monkeypatch.setattr(torch.nn.Module, "__call__", blind)
-    _, text = run(SMALL + f"--coco_path {data} --output_dir {tmp_path}/out --eval_every 9 --epochs 3")
+    _, text = run(SMALL + f"--coco_path {rectangles} --output_dir {tmp_path}/out --eval_every 9 --epochs 3")
     assert text.count("the model gives the same boxes for every image") == 2

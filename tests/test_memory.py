@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -253,6 +254,21 @@ def test_what_is_traced_computes_the_same(traced, name, flags):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compare(model, eager, criterion, SIZES[3:])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs         # new sizes are not compiled anew
+
+
+def test_no_variant_is_left_to_python(traced):
+    """All that a training and its evaluations meet, which is more than the eight variants that PyTorch compiles by
+    default: the ninth would run uncompiled, and say so in PyTorch's log alone."""
+    model = nn.ModuleDict({"encoder": TransformerEncoder(1, 16, 2, 32, dropout=0.0)})
+    compile_model(model)
+    x, mask = torch.randn(2, 12, 16), torch.zeros(2, 12, dtype=torch.bool)
+    for training, batch, padded, gradient in itertools.product((True, False), (1, 2), (True, False), (True, False)):
+        with torch.set_grad_enabled(gradient):
+            model.train(training)["encoder"](x[:batch], mask[:batch] if padded else None, x[:batch])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    assert not any("recompile_limit" in reason for reason in torch._dynamo.utils.counters["unimplemented"])
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"]
 
 
 def test_layers_are_traced_once_and_hooks_noticed(traced):

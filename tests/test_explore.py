@@ -286,14 +286,31 @@ def make_checkpoint_with(folder: Path, name: str, **changes) -> Path:
         PRESETS[name] = before
 
 
+def test_a_list_is_of_one_moment(dense, monkeypatch):
+    """What becomes known while a list is written is for the next list."""
+    port, sight = dense
+    row = type(sight.images).row
+
+    def looked_at_meanwhile(images, key):
+        sight.errors[key] = 1
+        return row(images, key)
+
+    monkeypatch.setattr(sight, "_worker", object())                             # nobody looks at more
+    monkeypatch.setattr(sight, "errors", {"203": 2})
+    monkeypatch.setattr(type(sight.images), "row", looked_at_meanwhile)
+    listed = get(port, "/api/images?sort=error")
+    assert listed["done"] == 1 and [one["id"] for one in listed["images"] if one["looked_at"]] == ["203"]
+
+
 def test_errors_and_their_order(dense, data):
     port, sight = dense
     deadline, totals = time.monotonic() + 30, {}
     while len(totals) < 7 and time.monotonic() < deadline:
         listed = get(port, "/api/images?sort=error")
         totals = {row["id"]: row["errors"] for row in listed["images"] if row["looked_at"]}
-        assert listed["done"] == len(totals) or listed["done"] == listed["of"] == 7
-        time.sleep(0.05)
+        assert listed["done"] == len(totals) and listed["of"] == 7              # one state, however fast it goes on
+        assert [row["looked_at"] for row in listed["images"]] == [True] * len(totals) + [False] * (7 - len(totals))
+        time.sleep(0.01)
     assert list(totals.values()) == sorted(totals.values(), reverse=True) and len(set(totals.values())) > 1
     for key, total in totals.items():
         said = get(port, f"/api/images/{key}/errors")

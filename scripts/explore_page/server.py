@@ -87,15 +87,15 @@ class Addresses:
     def some(self, request: Request) -> Response:
         """A page of the list of images, by name or the worst first, and all uploads."""
         by_error = choice(request, "sort", ("name", "error")) == "error"
-        order, done = self.sight.worst_first() if by_error else (self.images.by_name, 0)
+        order, known = self.sight.worst_first() if by_error else (self.images.by_name, dict(self.sight.errors))
         pages = max(1, -(-len(order) // PAGE))
         page = min(number(request, "page", int, 0), pages - 1)
         if page < 0:
             raise Refused(400, f"page is {page}; 0 to {pages - 1} are there")
-        known = self.sight.errors
         rows = [{**self.images.row(key), "errors": known.get(key), "looked_at": key in known}
                 for key in order[page * PAGE:(page + 1) * PAGE]]
-        return JSONResponse({"images": rows, "page": page, "pages": pages, "done": done, "of": len(order),
+        return JSONResponse({"images": rows, "page": page, "pages": pages,
+                             "done": len(known) if by_error else 0, "of": len(order),
                              "uploads": [self.images.row(key) for key in self.images.uploads]})
 
     def neighbour(self, request: Request) -> Response:

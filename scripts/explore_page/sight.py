@@ -119,9 +119,9 @@ class Sight:
 
     # Images by their errors.
 
-    def worst_first(self) -> tuple[list[str], int]:
-        """Ids with most errors first, those not looked at yet behind them, and how many have been; looks at more in the
-        background as long as somebody asks."""
+    def worst_first(self) -> tuple[list[str], dict[str, int | None]]:
+        """Ids with most errors first, those not looked at yet behind them, and the errors as they were known for this
+        order; looks at more in the background as long as somebody asks."""
         self._asked = time.monotonic()
         with self._lock:
             if len(self.errors) < len(self.images.by_name) and self._worker is None:
@@ -133,7 +133,7 @@ class Sight:
             total = known.get(key, 0.5)                         # not looked at: behind all that are; unreadable: last
             return -total if isinstance(total, int) else 1.0 if total is None else total
 
-        return sorted(self.images.by_name, key=rank), len(known)
+        return sorted(self.images.by_name, key=rank), known
 
     def _look_for_errors(self) -> None:
         try:

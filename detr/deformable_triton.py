@@ -34,6 +34,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .transfer import on_device
+
 Shapes = tuple[tuple[int, int], ...]
 RUNTIME = ["tokens", "queries", "heads", "scale"]       # they change from batch to batch, and the kernels stay the same
 
@@ -155,11 +157,10 @@ def tuned(kernel: Any) -> Any:
     return triton.autotune(configs, key=["WIDTH", "LEVELS", "POINTS", "scale"], pre_hook=clear)(kernel)
 
 
-@functools.lru_cache(maxsize=4096)
 def level_table(shapes: Shapes, device: torch.device) -> Tensor:
-    """Height, width and first token of each level, int32 ``[L, 3]``; kept, so that few calls copy it to the device."""
+    """Height, width and first token of each level, int32 ``[L, 3]``."""
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
-    return torch.tensor([(h, w, start) for (h, w), start in zip(shapes, starts)], dtype=torch.int32, device=device)
+    return on_device([(h, w, start) for (h, w), start in zip(shapes, starts)], device, torch.int32)
 
 
 def launch(kernel: Any, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, *rest: Tensor | None) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 from .structures import Match, Outputs, Target
+from .transfer import on_device
 
 MANY = 50               # a number of denoising queries from here on is meant in all, below it for each object
 
@@ -92,21 +93,18 @@ def denoise(targets: Sequence[Target], noising: Noising, num_classes: int, num_q
         raise ValueError(f"noise is for {len(noise.chance)} queries, and {groups} groups of {total} objects have "
                          f"{blocks * total}: draw it for that many")
 
-    def on_device(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)              # copies are small: what is queued there goes on meanwhile
-
     # A wrong label is the matcher's to complain about.
     labels = torch.cat([target["labels"] for target in targets]).clamp(0, num_classes - 1).repeat(blocks)
-    drawn = on_device(drawn_labels(noise, noising.label_ratio))
+    drawn = on_device(drawn_labels(noise, noising.label_ratio), device)
     labels = torch.where(drawn < 0, labels, drawn)                                                      # [n]
     boxes = torch.cat([target["boxes"] for target in targets]).repeat(blocks, 1)                        # [n, 4]
     boxes = (noised_corners if noising.contrastive else noised_centres)(
-        boxes, noising.box_scale * on_device(signed(noise, total, parts)).to(boxes.dtype))
+        boxes, noising.box_scale * on_device(signed(noise, total, parts), device).to(boxes.dtype))
 
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))                           # [total]
     place = torch.cat([torch.arange(count) for count in counts])                                        # [total]
     query = (most * torch.arange(blocks)[:, None] + place).flatten()                                    # [n]
-    at, shape = (on_device(image.repeat(blocks)), on_device(query)), (len(counts), blocks * most)
+    at, shape = (on_device(image.repeat(blocks), device), on_device(query, device)), (len(counts), blocks * most)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[at] = False
     of_query, of_box = labels.new_zeros(shape), boxes.new_full((*shape, 4), 0.5)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .padding import Size, Where, Window, batch_norm_inside, group_norm_inside, pair, zeroed
+from .transfer import on_device
 
 
 class Inexact(Exception):
@@ -109,7 +110,7 @@ class Exact(TorchFunctionMode):
         at = self.find(x)
         if axes == {1} or at.outside is None:
             return func(x, dim, keepdim, **options)
-        area = torch.tensor([h * w for h, w in at.sizes], device=x.device)[:, None, None, None]
+        area = on_device([h * w for h, w in at.sizes], x.device)[:, None, None, None]
         out = (zeroed(x, at).sum((2, 3), keepdim=True) / area).to(x.dtype)
         return out if keepdim else out[:, :, 0, 0]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .nested_tensor import NestedTensor, resize_mask
 from .padding import exact_conv, normalised, valid_mask, where
 from .structures import FeatureLevels
+from .transfer import on_device
 
 GROUPS = 32                     # of the normalisation that closes each projection
 FINEST_STRIDE = 8               # of the backbone's maps that become levels: C3 to C5 of a ResNet
@@ -69,7 +70,7 @@ def flatten_levels(maps: Sequence[NestedTensor], positions: Sequence[Tensor], le
     # As published, the first row and column tell how much of a map is not padding.
     valid = torch.stack([torch.stack([(~x.mask[:, 0]).sum(1), (~x.mask[:, :, 0]).sum(1)], dim=-1) for x in maps], dim=1)
     shapes = [(x.mask.shape[1], x.mask.shape[2]) for x in maps]
-    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=valid.device)
+    sizes = on_device([(w, h) for h, w in shapes], valid.device, torch.float32)
     return FeatureLevels(torch.cat([x.tensors.flatten(2).mT for x in maps], dim=1),
                          torch.cat([x.mask.flatten(1) for x in maps], dim=1), torch.cat(position, dim=1),
                          shapes, sizes, valid.clamp(min=1).float(), exact=maps[0].sizes is not None,

@@ -18,6 +18,7 @@ from . import checkpoint, config
 from .attention_maps import Explanation, explain
 from .backbone import backbone_of, statistics
 from .coco_classes import COCO_PANOPTIC, published_classes
+from .cuda_graphs import CudaGraphs, use_cuda_graphs
 from .distributed import say
 from .inference import for_prediction
 from .panoptic import PanopticPrediction
@@ -60,15 +61,23 @@ class Detector(nn.Module):
         self.categories, self.num_classes = list(categories), num_classes
         self.name, self.config, self.card, self.source = name, config, card, source
         self.amp = "off"                                        # what the model computes in, see ``fast``
+        self.graphs: CudaGraphs | None = None
 
-    def fast(self, amp: str = "off") -> Detector:
+    def fast(self, amp: str = "off", graphs: bool = False) -> Detector:
         """A detector that predicts the same in less time, with a copy of the model; see ``inference.for_prediction``.
         With ``amp`` "off" it differs by rounding alone; with "bf16", for processors and GPUs that have it, and "fp16",
-        for GPUs, scores and boxes differ in their third digit or so. Raises ValueError for another one."""
+        for GPUs, scores and boxes differ in their third digit or so. Raises ValueError for another one. ``graphs``, on
+        a GPU: batches of a shape that comes again are CUDA graphs, see ``cuda_graphs``; ``graphs`` of the result counts
+        them."""
         other = Detector(for_prediction(self.model, amp), self.postprocessors, self.categories, self.num_classes,
                          self.preprocessing, self.name, self.config, self.card, self.source).eval()
         other.amp = amp
-        return other
+        return other.with_graphs() if graphs else other
+
+    def with_graphs(self) -> Detector:
+        """This detector, from now on with CUDA graphs; see ``fast``."""
+        self.graphs = use_cuda_graphs(self.model)
+        return self
 
     @property
     def names(self) -> dict[int, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .boxes import box_area, box_cxcywh_to_xyxy, paired_giou
 from .structures import Divisors, Match, Outputs, Target
+from .transfer import on_device
 
 IGNORED = 0.5                   # least part of a box in an ignore region with which its query need not see "no object"
 LEFT_OUT = -100                 # the class that cross-entropy leaves out, with its weight
@@ -21,7 +22,7 @@ LEFT_OUT = -100                 # the class that cross-entropy leaves out, with 
 def matched_queries(match: Match, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index of all matched queries in a ``[B, Q, ...]`` tensor: image and query, both ``[sum N]``."""
     image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
-    return image.to(device), torch.cat([query for query, _ in match]).to(device)
+    return on_device(image, device), on_device(torch.cat([query for query, _ in match]), device)
 
 
 def matched_targets(name: str, targets: Sequence[Target], match: Match) -> Tensor:
@@ -29,7 +30,7 @@ def matched_targets(name: str, targets: Sequence[Target], match: Match) -> Tenso
     values, starts = torch.cat([target[name] for target in targets]), [0]
     for target in targets:
         starts.append(starts[-1] + len(target[name]))
-    return values[torch.cat([obj + start for start, (_, obj) in zip(starts, match)]).to(values.device)]
+    return values[on_device(torch.cat([obj + start for start, (_, obj) in zip(starts, match)]), values.device)]
 
 
 @torch.no_grad()
@@ -101,8 +102,8 @@ class SoftmaxLabelLoss:
         """The sum of the weights of these objects' classes."""
         if self.class_weights is None:
             return torch.tensor(float(len(labels)))
-        inside = labels[(labels >= 0) & (labels < self.num_classes)]            # of others the matcher complains
-        return self.class_weights.to(labels.device)[inside].sum()
+        known = (labels >= 0) & (labels < self.num_classes)                     # of others the matcher complains
+        return (on_device(self.class_weights, labels.device)[labels.where(known, 0)] * known).sum()
 
     def __call__(self, outputs: Outputs, targets: Sequence[Target], match: Match,
                  divisors: Divisors) -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ class SoftmaxLabelLoss:
         classes[index] = labels
         weight = torch.ones(self.num_classes + 1, device=logits.device)
         if self.class_weights is not None:
-            weight[:-1] = self.class_weights
+            weight[:-1] = on_device(self.class_weights, logits.device)
         weight[-1] = self.eos_coef
         if divisors.images is not None:
             total = divisors.weight + self.eos_coef * (divisors.images * logits.shape[1] - divisors.objects)
@@ -160,7 +161,7 @@ class FocalLabelLoss:
             check_number(self.class_weights, logits.shape[-1])
             of_objects = matched_targets("classes", targets, match) if "classes" in targets[0] else labels
             weight = torch.ones(logits.shape[:2], device=logits.device)
-            weight[image, query] = self.class_weights.to(logits.device)[of_objects]
+            weight[image, query] = on_device(self.class_weights, logits.device)[of_objects]
             loss = loss * weight[..., None]
         if ignored is not None:
             loss = loss.masked_fill(ignored[..., None], 0.0)
@@ -188,7 +189,7 @@ def cardinality_error(outputs: Outputs, targets: Sequence[Target], match: Match,
     absolute, mean over images. For reading, without gradient."""
     logits = outputs["pred_logits"]
     seen = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
-    true = torch.as_tensor([len(target["labels"]) for target in targets], device=logits.device)
+    true = on_device([len(target["labels"]) for target in targets], logits.device)
     return {"cardinality_error": (seen - true).abs().float().mean()}
 
 
@@ -243,7 +244,7 @@ def pad_masks(targets: Sequence[Target], match: Match) -> Tensor:
     width of the targets: float ``[sum N, H, W]``. Those of unmatched objects, which may be many, are never copied."""
     height, width = (max(target["masks"].shape[d] for target in targets) for d in (1, 2))
     counts, device = [len(obj) for _, obj in match], targets[0]["masks"].device
-    objects = torch.cat([obj for _, obj in match]).to(device).split(counts)                     # one copy to a GPU
+    objects = on_device(torch.cat([obj for _, obj in match]), device).split(counts)             # one copy
     padded = torch.zeros(sum(counts), height, width, device=device)
     for place, target, obj in zip(padded.split(counts), targets, objects):
         masks = target["masks"]

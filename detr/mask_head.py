@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .nested_tensor import NestedTensor
 from .padding import Size, Where, exact_upsample, normalised, where, zeroed
 from .structures import Outputs, Target, in_float32
+from .transfer import on_device
 
 LAYERS = 5                      # convolutions before the last one
 
@@ -148,7 +149,7 @@ class MaskHeadSmallConv(nn.Module):
         """``src [B, D, H, W]``, ``attention [N, M, H, W]`` of so many queries of each image as ``counts`` says, ``fpns``
         the backbone's other maps, coarsest first -> mask logits ``[N, H', W']`` at the size of the finest. ``sizes``:
         the images' extents in ``src`` and in each of ``fpns``, for logits that do not depend on padding."""
-        times = torch.tensor(counts, device=src.device)
+        times = on_device(counts, src.device)
 
         def of_queries(x: Tensor) -> Tensor:
             return x.repeat_interleave(times, 0, output_size=len(attention))

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .transfer import on_device
+
 Size = tuple[int, int]
 Sizes = Sequence[Size] | Tensor         # pairs; or [B, 2], see above
 
@@ -105,7 +107,7 @@ def unpadded(sizes: Sizes, height: int, width: int) -> bool:
 
 def valid_mask(sizes: Sizes, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """bool ``[B, height, width]``, True inside each image's extent: the opposite of a padding mask."""
-    hw = torch.as_tensor(sizes, device=device)
+    hw = on_device(sizes, device)
     rows = torch.arange(height, device=device) < hw[:, :1]
     columns = torch.arange(width, device=device) < hw[:, 1:]
     return rows[:, :, None] & columns[:, None]
@@ -213,7 +215,7 @@ def adaptive_average(lengths: Sequence[int], length: int, bins: int, like: Tenso
     start, end = (i * n) // bins, -(-(i + 1) * n // bins)                                   # [B, bins]
     at = torch.arange(length)
     inside = (at >= start[..., None]) & (at < end[..., None])
-    return (inside.double() / (end - start)[..., None]).to(like.device, like.dtype)
+    return on_device(inside.double() / (end - start)[..., None], like.device, like.dtype)
 
 
 def exact_upsample(x: Tensor, sizes: Any, finer: Any, size: Size) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .structures import Divisors, Match, NonFiniteError, Outputs, Target, in_float32
+from .transfer import on_device
 
 Loss = Callable[[Outputs, Sequence[Target], Match, Divisors], dict[str, Tensor]]
 Row = tuple[str, Outputs, Sequence[Target]]     # a set of predictions that is trained, after the suffix of its losses
@@ -130,8 +131,8 @@ class SetCriterion(nn.Module):
         """What the losses of each batch of an optimizer step are divided by (``normalizer``), from the targets of all its
         batches on this process. In training all processes must call it; in evaluation they may have different numbers
         of batches, so none may wait for another."""
-        counts = torch.tensor([[len(targets), sum(len(target["labels"]) for target in targets)] for targets in batches],
-                              dtype=torch.float32, device=device)                               # [batches, 2]
+        counts = on_device([[len(targets), sum(len(target["labels"]) for target in targets)] for targets in batches],
+                           device, torch.float32)                                               # [batches, 2]
         if not self.training:
             return [Divisors(boxes.clamp(min=1)) for _, boxes in counts]
         world_size = distributed.world_size()
@@ -140,7 +141,7 @@ class SetCriterion(nn.Module):
             return [Divisors(number.clamp(min=1)) for number in boxes]
         labels = [target["labels"] for targets in batches for target in targets]
         weighing = [loss for loss in self.losses if hasattr(loss, "weight_of_objects")]
-        weight = weighing[0].weight_of_objects(torch.cat(labels)).to(device) if weighing else counts.new_zeros(())
+        weight = on_device(weighing[0].weight_of_objects(torch.cat(labels)), device) if weighing else counts.new_zeros(())
         images, boxes, weight = distributed.sum_over_processes(torch.cat([counts.sum(0), weight[None]]))
         share = world_size * len(batches)
         return [Divisors(boxes.clamp(min=1) / share, images / share, boxes / share, weight / share)] * len(batches)

@@ -16,6 +16,7 @@ precision, ours and the peers. On CUDA all share one process.
                  with main.py's ``--fold_norms``
     bf16         ours: within ``detr.precision.autocast``. Peers: converted to bfloat16 for ``forward``, where they can
                  compute so, else and for ``train`` within autocast
+    graphs       with --cuda_graphs, beside the others: ``prepared`` by ``detr.cuda_graphs``, replayed; it has no parts
     compiled     with --compile, beside the others: ours by ``detr.memory.compile_model``, peers by ``torch.compile``
     keep_memory  what a side frees, the process keeps for the next one, as main.py does on CPUs. That helps peers at least
                  as much; without it, both hand their memory back to the system and fetch it anew, as programs do
@@ -80,6 +81,7 @@ from detr import build_model, config, list_models, memory, sharding
 from detr.backbone import backbone_of
 from detr.backbone.resnet import fold_norms
 from detr.config import TrainConfig
+from detr.cuda_graphs import use_cuda_graphs
 from detr.nested_tensor import NestedTensor
 from detr.optimization import make_optimizer
 from detr.precision import autocast, fast_in_bf16
@@ -124,6 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what times are read from, on CPU "
                         "(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="measure compiled models, too, ours and the peers'")
+    parser.add_argument("--cuda_graphs", action="store_true", help="measure prepared models as CUDA graphs, too")
     parser.add_argument("--compare", nargs="*", choices=PEERS, metavar="PEER", help="the same work through installed "
                         f"peers, and ratios: {', '.join(PEERS)} (default: all)")
     parser.add_argument("--keep_memory", action="store_true", help="on a CPU, keep freed memory, as main.py does")
@@ -379,8 +382,11 @@ class OurModel:
         return (self.step if self.case["mode"] == "train" else self.forward)(model, precision, size, parts)
 
     def side(self, form: str, model: nn.Module, precision: str) -> Side:
+        def instrumented(parts: Parts) -> Any:
+            return self.run(model, precision, self.size, parts)
+
         return Side("ours", form, precision, lambda: self.run(model, precision, self.size),
-                    lambda: self.run(model, precision, SMALL), lambda parts: self.run(model, precision, self.size, parts))
+                    lambda: self.run(model, precision, SMALL), None if "graphs" in form else instrumented)
 
     def work(self, precision: str, peak: float, bandwidth: float) -> dict[str, np.ndarray]:
         """FLOPs, bytes and seconds at the limit of each part of the model as it is."""
@@ -410,10 +416,23 @@ class OurModel:
                 self.differences[f"prepared {precision}"] = agreeing(
                     f"for_prediction({self.case['model']}, {AMP[precision]!r})", self.expected(),
                     self.forward(fast, precision, SMALL), AGREES if precision == "float32" else math.inf)
+            if self.case["cuda_graphs"] and "prepared" in forms:
+                forms["prepared, graphs"] = graphed = with_graphs(fast)
+                for _ in range(3):                              # as it is, recorded, replayed
+                    self.differences[f"graphs {precision}"] = agreeing(
+                        f"{self.case['model']} as a CUDA graph", self.forward(fast, precision, SMALL),
+                        self.forward(graphed, precision, SMALL), AGREES)
             if self.case["compile"]:
                 forms |= {f"{form}, compiled": compiled(model, self.device) for form, model in forms.items()}
             sides += [self.side(form, model, precision) for form, model in forms.items()]
         return sides, left_out
+
+
+def with_graphs(model: nn.Module) -> nn.Module:
+    """A copy of the modules that replays CUDA graphs; see ``sharing_weights``."""
+    fast = sharing_weights(model)
+    use_cuda_graphs(fast)
+    return fast
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
@@ -587,7 +606,7 @@ def measure_memory(case: dict[str, Any], who: str, form: str, precision: str) ->
     """The peak memory of one side of a case, with nothing else there but, beside a peer, our model."""
     device = torch.device(case["device"])
     torch.set_num_threads(case["threads"])
-    case = {**case, "precision": [precision], "compile": "compiled" in form}
+    case = {**case, "precision": [precision], "compile": "compiled" in form, "cuda_graphs": "graphs" in form}
     ours = OurModel(case, *build(case, device), device)
     sides = ours.sides()[0] if who == "ours" else Peers(case, ours).sides([who])
     return {"peak_bytes": peak_of(next(side for side in sides if side.form == form), ours)}
@@ -784,7 +803,7 @@ def cases_of(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     sizes = {"forward": [(800, 1066)], "train": [(800, 1066) if cuda else (480, 640)]}
     common = {"flags": flags_of(args.flags), "objects": args.objects, "precision": precisions(args, device),
               "device": str(device), "threads": args.threads or torch.get_num_threads(),
-              "repeats": args.repeats, "clock": args.clock, "compile": args.compile,
+              "repeats": args.repeats, "clock": args.clock, "compile": args.compile, "cuda_graphs": args.cuda_graphs,
               "compare": list(PEERS) if args.compare == [] else args.compare or [],
               "keep_memory": args.keep_memory, "dropout": args.dropout, "no_memory": args.no_memory,
               "no_parts": args.no_parts, "matrix": 8192 if cuda else 2048}
@@ -806,6 +825,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                          f"run this where there is one")
     if args.clock == "cpu" and device.type == "cuda":
         raise SystemExit("--clock cpu: a GPU's time is none of the processor's; leave it out, or use --device cpu")
+    if args.cuda_graphs and (device.type != "cuda" or args.mode == ["train"]):
+        raise SystemExit("--cuda_graphs: graphs are of forward passes on a GPU; leave it out, or use --device cuda and "
+                         "--mode forward")
     if args.repeats < 1:
         raise SystemExit(f"--repeats {args.repeats}: give 1 or more, at least 5 for figures to show")
     cases = cases_of(args, device)

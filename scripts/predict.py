@@ -491,6 +491,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fast", choices=("float32", "bf16", "fp16"), help="prepare the model for prediction: in "
                         "float32 boxes differ by rounding alone; bf16 and fp16, where the device has them, are faster "
                         "still and differ in the third digit or so (default: as in evaluation)")
+    parser.add_argument("--cuda_graphs", action="store_true", help="on a GPU, record the model's work for images of a "
+                        "size that comes again, as frames and tiles do, and launch it at once")
     parser.add_argument("--batch_size", type=int, default=1, help="images or tiles at a time; more than one changes the "
                         "boxes of a model of --padding legacy a little (default: %(default)s)")
     return parser
@@ -502,6 +504,8 @@ def main(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: at least 1 is needed")
     device = command_line.choose_device(args.device or "cuda", args.device is not None)
+    if args.cuda_graphs and not device.startswith("cuda"):
+        raise ValueError(f"--cuda_graphs needs a GPU of NVIDIA, and the device is {device}: leave it out")
     detector = load_detector(args.resume, model=args.model)
     wanted = find(args.sources, detector.channels)
     if threshold is None:
@@ -515,6 +519,8 @@ def main(args: argparse.Namespace) -> int:
         print("--fast fp16: processors compute slowly in it; --fast bf16 is what they may be fast in", flush=True)
     if args.fast:
         detector = detector.fast({"float32": "off"}.get(args.fast, args.fast))
+    if args.cuda_graphs:
+        detector.with_graphs()
     detector.to(device)
     prepared = f", prepared in {args.fast}" if args.fast else ""
     print(f"model: {detector.name}{prepared}; {'; '.join(map(described, wanted))}; threshold: "
@@ -526,6 +532,8 @@ def main(args: argparse.Namespace) -> int:
         print("yolo and csv have boxes alone; masks are in json", flush=True)
     with large_images(choice.tile is not None):
         unreadable, total, stopped = predict(detector, wanted, output_folder(args.output_dir), choice)
+    if detector.graphs is not None:
+        print(detector.graphs)
     live = any(isinstance(source, Video) and source.live for source in wanted)
     if stopped and not live:
         print(f"stopped before the end, after {total}")

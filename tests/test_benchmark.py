@@ -264,7 +264,8 @@ def test_absent_peers_are_named(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-@pytest.mark.parametrize("words, why", [(["--device", "cuda"], "sees no GPU here"), (["--repeats", "0"], "--repeats 0")])
+@pytest.mark.parametrize("words, why", [(["--device", "cuda"], "sees no GPU here"), (["--repeats", "0"], "--repeats 0"),
+                                        (["--cuda_graphs", "--device", "cpu"], "--cuda_graphs: graphs are of forward")])
 def test_refusals(words, why):
     with pytest.raises(SystemExit, match=why):
         benchmark.main(benchmark.get_args_parser().parse_args(words))

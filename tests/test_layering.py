@@ -8,12 +8,12 @@ import pytest
 LEVELS = [
     {"boxes", "nested_tensor", "structures", "config", "checkpoint", "distributed", "padding",         # 0: the vocabulary
      "preprocessing", "sources", "writers", "tiles", "coco_classes", "precision", "diagnosis", "collapse", "run_folder",
-     "sharding", "exact_mode", "dropout",
+     "sharding", "exact_mode", "dropout", "transfer",
      "deformable_cpu", "deformable_triton", "engines"},
     {"optimization", "memory", "finetune", "mlp", "residual", "attention", "deformable_attention",
      "position_encoding", "reference_points"},
     {"backbone", "feature_levels", "encoder", "decoder", "object_queries", "two_stage", "denoising", "prediction_heads",
-     "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic"},
+     "mask_head", "matcher", "losses", "set_criterion", "postprocess", "panoptic", "cuda_graphs"},
     {"focal_detectors"},
     {"architectures"},
     {"presets", "attention_maps", "visualize", "tensor_view", "inference"},

@@ -159,6 +159,15 @@ def test_a_fast_detector_finds_the_same(run, photos):
     assert fast.names == detector.names and (fast.amp, bf16.amp) == ("off", "bf16")
 
 
+def test_graphs_of_a_fast_detector(run, photos):
+    detector = detr.load(run / "best.pth")
+    fast = detector.fast(graphs=True)
+    assert detector.graphs is None and fast.graphs.recorded == 0
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU of NVIDIA, and the images are on cpu"):
+        fast.predict(photos[0])
+    assert len(fast.explain(photos[0], encoder=False).decoder) == len(detector.explain(photos[0], encoder=False).decoder)
+
+
 def test_batches(tmp_path, photos):
     exported(tmp_path, dataclasses.replace(SMALL, padding="exact"))
     detector = detr.load(tmp_path / "best.safetensors")

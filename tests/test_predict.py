@@ -227,6 +227,11 @@ def test_a_precision_that_processors_are_slow_in(script, trained, photos, capsys
     assert f"prepared in {precision}" in text
 
 
+def test_graphs_are_for_gpus(script, trained, photos):
+    with pytest.raises(ValueError, match="--cuda_graphs needs a GPU of NVIDIA, and the device is cpu: leave it out"):
+        call(script, "photos/*", "--resume", trained, "--cuda_graphs", "--device", "cpu", "--output_dir", "out")
+
+
 def test_masks_are_the_evaluations(script, trained_masks, photos):
     trained = trained_masks("coco")
     call(script, "photos/*", "--resume", trained, "--threshold", "0", "--output_dir", "out")

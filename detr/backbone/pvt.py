@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..padding import Size as Extent
 from ..padding import Window, adaptive_average, check_sizes, unpadded, valid_mask, where, zeroed
+from ..transfer import on_device
 
 CELLS = 7                       # of the linear attention's average pooling, a side
 PRETRAINED = (56, 28, 14, 7)    # sides of v1's position embeddings: images of 224 x 224
@@ -71,7 +72,7 @@ def make_grid(x: Tensor, height: int, width: int, sizes: Sequence[Extent] | None
     """The grid of tokens ``x [B, height * width, D]`` with the extents ``sizes`` (None: no padding)."""
     if sizes is None or unpadded(sizes, height, width):
         return Grid(height, width)
-    outside = (~valid_mask(sizes, height, width)).flatten().nonzero()[:, 0].to(x.device)
+    outside = on_device((~valid_mask(sizes, height, width)).flatten().nonzero()[:, 0], x.device)
     if linear:
         rows, columns = zip(*sizes)
         return Grid(height, width, outside, cells=(adaptive_average(rows, height, CELLS, x),

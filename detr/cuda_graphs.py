@@ -64,7 +64,7 @@ class CudaGraphs:
 
     def __str__(self) -> str:
         return (f"CUDA graphs: {self.replayed} of {self.recorded + self.replayed + self.plain} batches replayed, "
-                f"{self.recorded} recorded, {self.plain} run as without, the first of their shape")
+                f"{self.recorded} recorded, {self.plain} run as without (a shape's first, or hooks)")
 
     def __call__(self, model: nn.Module, samples: NestedTensor | Tensor | list[Tensor], *args: Any,
                  **kwargs: Any) -> Any:

@@ -95,7 +95,7 @@ def test_nothing_of_the_images_is_recorded(name, flags, padding, sizes):
             torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
         assert found.get("mask_sizes") == expected.get("mask_sizes")
     assert (graphs.plain, graphs.recorded, graphs.replayed) == (1, 1, 2)
-    assert str(graphs) == "CUDA graphs: 2 of 4 batches replayed, 1 recorded, 1 run as without, the first of their shape"
+    assert str(graphs) == "CUDA graphs: 2 of 4 batches replayed, 1 recorded, 1 run as without (a shape's first, or hooks)"
 
 
 @pytest.fixture

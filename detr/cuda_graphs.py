@@ -7,10 +7,13 @@ included, to the type in which is computed and to where the weights lie.
 """
 from __future__ import annotations
 
+import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,94 +24,148 @@ from .transfer import Kept, keeping
 
 MOST = 16                       # graphs kept of a model; each holds its inputs and outputs, and all share the rest
 SEEN = 4096                     # shapes remembered that came once
+STALE = 10                      # a graph makes room if, in so many batches for each place, its shape did not come
+RECORDING = threading.Lock()    # one at a time in this process
+
+Shape = tuple[Any, ...]         # see ``shape_of``
+FIRST, HOOKS, OTHERS, SIZES, FULL = "the first of their shape", "with hooks", "with further arguments", "without sizes", \
+    "without a free place"
 
 
-class Recorded(NamedTuple):
-    """A forward pass: each ``replay`` reads ``samples`` and what was ``kept``, and writes ``outputs``."""
+@dataclass
+class Recorded:
+    """A forward pass: each ``replay`` reads ``samples`` and what was ``kept``, and writes ``outputs``; ``used`` last for
+    that batch."""
     samples: NestedTensor
     replay: Callable[[], object]
     outputs: Any
     kept: Kept
+    used: int = 0
 
 
 def use_cuda_graphs(model: nn.Module, most: int = MOST) -> CudaGraphs:
     """From now on ``model``, a detector in evaluation on a GPU, records its forward pass for batches whose shape comes a
-    second time, and replays it from then on; what is returned counts how often. No gradients are computed. The ``most``
-    graphs used last are kept.
+    second time, and replays it from then on, without gradients; what is returned counts how often. At most ``most``
+    graphs are kept: one whose shape has not come for long makes room, and where there is none, batches of further
+    shapes are computed as without graphs.
 
-    Calls run as without graphs while a part of the model has hooks, as reading its attention sets, which a graph would
-    not call, and for batches without ``sizes``. When called, a model in training or on a CPU raises ValueError.
+    So are batches without ``sizes``, calls with targets, and all calls while a part of the model has hooks, as reading
+    its attention sets, which a graph would not call. Weights may change; other things that Python looks up while it
+    computes, as attributes of layers, flags of PyTorch and environment variables, stay as they were when a graph was
+    recorded: call this function again after such a change.
+
+    For other calls, a model in training or on a CPU raises ValueError.
     """
     graphs = CudaGraphs(most)
     Forward.of(model).call = graphs
     return graphs
 
 
+def without_cuda_graphs(model: nn.Module) -> None:
+    """Undo ``use_cuda_graphs``."""
+    forward = vars(model).get("forward")
+    if isinstance(forward, Forward) and isinstance(forward.call, CudaGraphs):
+        forward.call = type(model).forward
+
+
 class CudaGraphs:
     """The forward pass of a model, see ``use_cuda_graphs``: how many batches were ``recorded``, how many ``replayed``,
-    and how many ``plain``, as without graphs."""
+    and how many ``plain``, as without graphs, why."""
 
     def __init__(self, most: int = MOST) -> None:
         if most < 1:
             raise ValueError(f"most is {most}: at least one graph is needed")
         self.most = most
-        self.recorded = self.replayed = self.plain = 0
-        self._graphs: OrderedDict[tuple[Any, ...], Recorded] = OrderedDict()
-        self._seen: OrderedDict[tuple[Any, ...], None] = OrderedDict()
-        self._lock = threading.Lock()               # a graph has one place for its inputs
+        self.recorded = self.replayed = 0
+        self.plain: Counter[str] = Counter()
+        self._graphs: OrderedDict[Shape, Recorded] = OrderedDict()          # the one used last is the last
+        self._seen: OrderedDict[Shape, None] = OrderedDict()
+        self._weights: tuple[int, ...] = ()
+        self._lock = threading.Lock()
         self._pool: Any = None                      # memory for what is between inputs and outputs
+        self._done: torch.cuda.Event | None = None  # of the call before
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> CudaGraphs:
+    def __reduce__(self) -> tuple[Any, ...]:
         """For a copy of the model, which has other weights: nothing is recorded yet."""
-        return type(self)(self.most)
+        return type(self), (self.most,)
 
     def __str__(self) -> str:
-        return (f"CUDA graphs: {self.replayed} of {self.recorded + self.replayed + self.plain} batches replayed, "
-                f"{self.recorded} recorded, {self.plain} run as without (a shape's first, or hooks)")
+        plain = self.plain.total()
+        why = f" ({', '.join(f'{n} {why}' for why, n in self.plain.most_common())})" if plain else ""
+        return (f"CUDA graphs: {self.replayed} of {self.recorded + self.replayed + plain} batches replayed, "
+                f"{self.recorded} recorded, {plain} run as without{why}")
 
     def __call__(self, model: nn.Module, samples: NestedTensor | Tensor | list[Tensor], *args: Any,
                  **kwargs: Any) -> Any:
         samples, forward = as_nested_tensor(samples), type(model).forward
-        if args or kwargs or not isinstance(samples.sizes, list) or hooked(model):
-            self.plain += 1
-            return forward(model, samples, *args, **kwargs)
-        self.check(model, samples.tensors.device)
-        shape = shape_of(model, samples)
-        with self._lock, torch.no_grad():
-            if shape not in self._graphs and shape not in self._seen:
-                self._seen[shape] = None
-                if len(self._seen) > SEEN:
-                    self._seen.popitem(last=False)
-                self.plain += 1
-                return forward(model, samples)
-            if shape in self._graphs:
-                self.replayed += 1
-            else:
-                self._graphs[shape] = self._recorded(model, samples)
-                self.recorded += 1
-                if len(self._graphs) > self.most:
-                    self._graphs.popitem(last=False)
-            self._graphs.move_to_end(shape)
-            graph = self._graphs[shape]
-            graph.samples.tensors.copy_(samples.tensors)
-            graph.samples.mask.copy_(samples.mask)
-            graph.replay()
-            return copied(graph.outputs)            # the next replay writes to the same place
+        hooked, weights = hooks_and_weights(model)
+        why = HOOKS if hooked else OTHERS if args or kwargs else "" if isinstance(samples.sizes, list) else SIZES
+        if not why:
+            self.check(model, samples.tensors.device)
+            with self.in_turn(samples.tensors.device):
+                graph = self.found(model, samples, weights)
+                if isinstance(graph, Recorded):
+                    graph.samples.tensors.copy_(samples.tensors)
+                    graph.samples.mask.copy_(samples.mask)
+                    graph.replay()
+                    return copied(graph.outputs)    # the next replay writes to the same place
+                why = graph
+        with self._lock:
+            self.plain[why] += 1
+        return forward(model, samples, *args, **kwargs)
 
-    def _recorded(self, model: nn.Module, samples: NestedTensor) -> Recorded:
+    def found(self, model: nn.Module, samples: NestedTensor, weights: tuple[int, ...]) -> Recorded | str:
+        """The graph for such a batch, recorded now if need be; or why there is none."""
+        if weights != self._weights:
+            self.forget(*self._graphs)
+            self._seen.clear()
+            self._weights = weights
+        shape, batches = shape_of(samples), self.recorded + self.replayed + self.plain.total()
+        if shape in self._graphs:
+            self.replayed += 1
+        elif shape not in self._seen:
+            self._seen[shape] = None
+            if len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+            return FIRST
+        else:
+            if len(self._graphs) == self.most:
+                oldest = next(iter(self._graphs))
+                if batches - self._graphs[oldest].used <= STALE * self.most:
+                    return FULL
+                self.forget(oldest)
+            self._graphs[shape] = self.recording(model, samples)
+            self.recorded += 1
+        self._graphs.move_to_end(shape)
+        self._graphs[shape].used = batches
+        return self._graphs[shape]
+
+    def forget(self, *shapes: Shape) -> None:
+        """Give up these graphs, once the GPU is done with them."""
+        if shapes and self._done is not None:
+            self._done.synchronize()
+        for shape in shapes:
+            del self._graphs[shape]
+
+    def recording(self, model: nn.Module, samples: NestedTensor) -> Recorded:
         """The forward pass of such a batch."""
-        own = NestedTensor(samples.tensors.clone(), samples.mask.clone(), samples.sizes)
         kept: Kept = {}
 
         def run() -> Any:
             with keeping(kept):
                 return type(model).forward(model, own)
 
-        try:
-            return Recorded(own, *self.record(run), kept)
-        except RuntimeError as error:
-            raise RuntimeError(f"CUDA graphs: the forward pass of {type(model).__name__} could not be recorded: {error}. "
-                               f"Leave CUDA graphs out") from error
+        # What is made in inference mode could not be written to outside of it.
+        with RECORDING, torch.inference_mode(False), torch.no_grad():
+            own = NestedTensor(samples.tensors.clone(), samples.mask.clone(), samples.sizes, samples.whole)
+            self.prepare(run)
+            try:
+                return Recorded(own, *self.record(run), kept)
+            except RuntimeError as error:           # at its end a recording fails with another one
+                raise RuntimeError(f"CUDA graphs: the forward pass of {type(model).__name__} could not be recorded: "
+                                   f"{error.__context__ or error}. Leave CUDA graphs out") from error
+
+    # What needs a GPU.
 
     def check(self, model: nn.Module, device: torch.device) -> None:
         """ValueError for what cannot be recorded."""
@@ -118,34 +175,64 @@ class CudaGraphs:
         if model.training:
             raise ValueError(f"CUDA graphs are for prediction, and {type(model).__name__} is in training: call eval()")
 
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        """What does the same as ``run`` with what then is in its inputs, and the outputs it writes to."""
-        beside, now = torch.cuda.Stream(), torch.cuda.current_stream()
+    @contextmanager
+    def in_turn(self, device: torch.device) -> Iterator[None]:
+        """One call after the other, in this program and on the GPU, whatever stream each uses: a graph has one place for
+        its inputs."""
+        with self._lock, torch.cuda.device(device):
+            if self._done is not None:
+                torch.cuda.current_stream().wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done = torch.cuda.current_stream().record_event()
+
+    def prepare(self, run: Callable[[], Any]) -> None:
+        """A first call: libraries allocate and choose at theirs, and numbers are copied."""
+        beside, now = stream_beside(torch.cuda.current_device()), torch.cuda.current_stream()
         beside.wait_stream(now)
         torch.clear_autocast_cache()                # what is in it would not be computed by the graph
-        with torch.cuda.stream(beside):             # libraries allocate and choose at their first calls
+        with torch.cuda.stream(beside):
             run()
         now.wait_stream(beside)
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        """What does the same as ``run`` with what then is in its inputs, and the outputs it writes to."""
         torch.clear_autocast_cache()
-        self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+        if not self._graphs:                        # memory that no graph uses any more cannot be shared
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run()
-        torch.clear_autocast_cache()                # nor may others use what only the graph computes
+        try:                                        # threads that use the GPU meanwhile are no part of it
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream_beside(torch.cuda.current_device()),
+                                  capture_error_mode="thread_local"):
+                outputs = run()
+        finally:
+            torch.clear_autocast_cache()            # nor may others use what only the graph computes
         return graph.replay, outputs
 
 
-def hooked(model: nn.Module) -> bool:
-    """Whether a part of ``model`` has hooks; those of the model itself are called either way."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules() if part is not model)
+@functools.cache
+def stream_beside(device: int) -> torch.cuda.Stream:
+    """The stream of a GPU on which graphs are recorded."""
+    return torch.cuda.Stream(device)
 
 
-def shape_of(model: nn.Module, samples: NestedTensor) -> tuple[Any, ...]:
-    """All that a recorded forward pass depends on besides pixels."""
+def hooks_and_weights(model: nn.Module) -> tuple[bool, tuple[int, ...]]:
+    """Whether a part of ``model`` has hooks (its own are called either way), and where all weights lie."""
+    hooked, places, parts = False, [], [model]
+    for part in parts:                              # it grows on the way; ``modules()`` takes three times as long
+        hooked = hooked or part is not model and bool(part._forward_hooks or part._forward_pre_hooks)
+        places += [x.data_ptr() for x in part._parameters.values() if x is not None]
+        places += [x.data_ptr() for x in part._buffers.values() if x is not None]
+        parts += [child for child in part._modules.values() if child is not None]
+    return hooked, tuple(places)
+
+
+def shape_of(samples: NestedTensor) -> Shape:
+    """All of a batch that Python decides by, and the type in which is computed."""
     images = samples.tensors
     computed_in = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) else None
-    weights = tuple(weight.data_ptr() for weight in (*model.parameters(), *model.buffers()))
-    return images.device, images.dtype, images.shape, tuple(map(tuple, samples.sizes)), computed_in, weights
+    return images.device, images.dtype, images.shape, tuple(map(tuple, samples.sizes)), samples.whole, computed_in
 
 
 def copied(outputs: Any) -> Any:
@@ -155,7 +242,8 @@ def copied(outputs: Any) -> Any:
     if isinstance(outputs, Mapping):
         return {name: copied(value) for name, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
-        return type(outputs)(map(copied, outputs))
+        made = getattr(type(outputs), "_make", type(outputs))                   # of named tuples
+        return made(map(copied, outputs))
     if outputs is None or isinstance(outputs, (bool, int, float, str)):
         return outputs
     raise TypeError(f"CUDA graphs: outputs hold a {type(outputs).__name__}; tensors, lists, tuples, dicts and numbers "

@@ -18,7 +18,7 @@ from . import checkpoint, config
 from .attention_maps import Explanation, explain
 from .backbone import backbone_of, statistics
 from .coco_classes import COCO_PANOPTIC, published_classes
-from .cuda_graphs import CudaGraphs, use_cuda_graphs
+from .cuda_graphs import CudaGraphs, use_cuda_graphs, without_cuda_graphs
 from .distributed import say
 from .inference import for_prediction
 from .panoptic import PanopticPrediction
@@ -27,6 +27,7 @@ from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Picture, Preprocessing, 
 from .settings import Settings, classes_that_fit, decide
 from .structures import Category, Detections, Outputs, selected
 from .tiles import OVERLAP, in_tiles, places
+from .transfer import on_device
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 """What a detector takes for an image; see ``preprocessing.as_picture``."""
@@ -72,6 +73,7 @@ class Detector(nn.Module):
         other = Detector(for_prediction(self.model, amp), self.postprocessors, self.categories, self.num_classes,
                          self.preprocessing, self.name, self.config, self.card, self.source).eval()
         other.amp = amp
+        without_cuda_graphs(other.model)                        # of this one, if it has them
         return other.with_graphs() if graphs else other
 
     def with_graphs(self) -> Detector:
@@ -183,8 +185,8 @@ class Detector(nn.Module):
         fed = [self.preprocessing(image).to(device) for image in images]
         with autocast(device, self.amp):
             outputs = self.model(fed)
-        return Answers(outputs, torch.tensor([height_width(image) for image in images], device=device),
-                    torch.tensor([image.shape[-2:] for image in fed], device=device))
+        return Answers(outputs, on_device([height_width(image) for image in images], device),
+                       on_device([image.shape[-2:] for image in fed], device))
 
     def detections(self, seen: Answers, threshold: float = 0.0,
                    choose: Callable[[Detections], Detections] | None = None) -> list[Detections]:

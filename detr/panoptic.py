@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .padding import Size
 from .structures import Outputs
+from .transfer import on_device
 
 SMALLEST = 5                    # pixels of the smallest segment that stays
 CHUNK = 4                       # masks at full size at a time
@@ -89,12 +90,12 @@ class PostProcessPanoptic(nn.Module):
     def panoptic(self, maps: Tensor, labels: list[int], size: Size, target: Size) -> PanopticPrediction:
         """One image: ``maps [n, H, W]`` of queries that are kept, and the label of each; pixels are given at ``size`` and
         the map resized to ``target`` (nearest)."""
-        rows, columns = (nearest(a, b).to(maps.device) for a, b in zip(size, target))
+        rows, columns = (on_device(nearest(a, b), maps.device) for a, b in zip(size, target))
         while True:
             things = [self.is_thing(label) for label in labels]
             owner = [i if thing else labels.index(label) for i, (label, thing) in enumerate(zip(labels, things))]
             ids = most_probable(maps, size, 0.0 if self.sigmoid else -math.inf)[rows][:, columns]       # [*target]
-            ids = torch.tensor([*owner, -1], device=maps.device)[ids] if owner else ids     # -1, void, is the last entry
+            ids = on_device([*owner, -1], maps.device)[ids] if owner else ids     # -1, void, is the last entry
             areas = ids[ids >= 0].bincount(minlength=len(labels)).tolist() if owner else []
             stay = [i for i, area in enumerate(areas) if area >= SMALLEST]
             if len(stay) == len(labels):

@@ -14,16 +14,17 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
 def on_device(values: Tensor | Sequence[Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """``values``, numbers or a tensor on the CPU, on ``device``. The program goes on meanwhile: a copy that waits until
-    a GPU has done all it was given would leave it without work afterwards. (CUDA copies up to 64 kB of ordinary memory
-    aside before it returns, so that ``values`` may go.)"""
-    given = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    """``values``, numbers or a tensor on the CPU, on ``device``. With CUDA the program goes on meanwhile: a copy that
+    waits until a GPU has done all it was given would leave it without work afterwards. (Ordinary memory is copied aside
+    before such a call returns, so that ``values`` may go or change.)"""
+    given = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    ahead = given.device.type == "cpu" and torch.device(device).type == "cuda"          # no other copy is safe so
     kept = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else _kept.get()
     if kept is None or given.device.type != "cpu" or torch.device(device).type == "cpu":
-        return given.to(device, dtype, non_blocking=True)
+        return given.to(device, dtype, non_blocking=ahead)
     key = (given.numpy().tobytes(), given.dtype, given.shape, dtype, torch.device(device))
     if key not in kept:
-        kept[key] = given.to(device, dtype, non_blocking=True)
+        kept[key] = given.to(device, dtype, non_blocking=ahead)
     return kept[key]
 
 

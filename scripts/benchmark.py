@@ -606,7 +606,7 @@ def measure_memory(case: dict[str, Any], who: str, form: str, precision: str) ->
     """The peak memory of one side of a case, with nothing else there but, beside a peer, our model."""
     device = torch.device(case["device"])
     torch.set_num_threads(case["threads"])
-    case = {**case, "precision": [precision], "compile": "compiled" in form, "cuda_graphs": "graphs" in form}
+    case = {**case, "precision": [precision], "compile": "compiled" in form}
     ours = OurModel(case, *build(case, device), device)
     sides = ours.sides()[0] if who == "ours" else Peers(case, ours).sides([who])
     return {"peak_bytes": peak_of(next(side for side in sides if side.form == form), ours)}
@@ -639,7 +639,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             row |= {"flops": flops, "flops_per_second": flops / row["seconds"],
                     "share_of_peak": flops / row["seconds"] / rates[side.precision],
                     "parts": shares(side.instrumented, clock, min(case["repeats"], 3))}
-        if device.type == "cuda" and not case["no_memory"]:
+        if device.type == "cuda" and not case["no_memory"] and "graphs" not in side.form:   # these have memory already
             row["peak_bytes"] = peak_of(side, ours)
         rows.append(row)
     return {**case, "rows": rows, "ratios": ratios(rows, shown), "rates": rates,

@@ -2,19 +2,23 @@
 one call, with all that Python decided and all tensors that were there, and repeats them on what is in these by then."""
 import contextlib
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
 from small_models import build_small
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from detr import list_models, transfer
+from detr import cuda_graphs, list_models, transfer
 from detr.attention_maps import explain
-from detr.cuda_graphs import CudaGraphs, copied, use_cuda_graphs
+from detr.cuda_graphs import CudaGraphs, copied, use_cuda_graphs, without_cuda_graphs
 from detr.deformable_attention import ENVIRONMENT
 from detr.inference import for_prediction
 from detr.memory import Forward
 from detr.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from detr.precision import autocast
 
 MASKS = {"masks": True, "hidden_dim": 128}
 SMALL = [(name, {}) for name in list_models() if name.startswith("tiny_")] + [
@@ -23,24 +27,38 @@ SMALL = [(name, {}) for name in list_models() if name.startswith("tiny_")] + [
 SIZES = {"alike": [(64, 96), (64, 96)], "unlike": [(64, 96), (50, 64)]}
 
 
-class Traced(CudaGraphs):
-    """Graphs of a CPU's operations."""
+class Again(CudaGraphs):
+    """On a CPU: what is recorded is computed again."""
 
     def check(self, model, device):
         pass
 
-    def record(self, run):
+    @contextlib.contextmanager
+    def in_turn(self, device):
+        with self._lock:
+            yield
+
+    def prepare(self, run):
         run()
-        traced = make_fx(run)()
-        outputs = traced()
-        flat, spec = torch.utils._pytree.tree_flatten(outputs)
+
+    def record(self, run):
+        outputs = run()
+        places = torch.utils._pytree.tree_leaves(outputs)
 
         def replay():
-            for place, value in zip(flat, torch.utils._pytree.tree_leaves(traced()), strict=True):
-                if isinstance(place, torch.Tensor):
-                    place.copy_(value)
+            with torch.no_grad():
+                for place, value in zip(places, torch.utils._pytree.tree_leaves(run()), strict=True):
+                    if isinstance(place, torch.Tensor):
+                        place.copy_(value)
 
         return replay, outputs
+
+
+class Traced(Again):
+    """Graphs of a CPU's operations."""
+
+    def record(self, run):
+        return super().record(make_fx(run)())
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +70,8 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setenv(ENVIRONMENT, "definition")
 
 
-def with_graphs(model, most=16):
-    Forward.of(model).call = Traced(most)
+def with_graphs(model, most=16, kind=Again):
+    Forward.of(model).call = kind(most)
     return model, model.forward.call
 
 
@@ -85,7 +103,7 @@ def test_not_in_training():
     pytest.param(name, flags, marks=() if name.startswith("tiny") else pytest.mark.slow) for name, flags in SMALL])
 def test_nothing_of_the_images_is_recorded(name, flags, padding, sizes):
     plain = for_prediction(build_small(name, padding=padding, **flags)[0])
-    model, graphs = with_graphs(copy.deepcopy(plain))
+    model, graphs = with_graphs(copy.deepcopy(plain), kind=Traced)
     for seed in range(4):
         batch = images(SIZES[sizes], seed)
         with torch.no_grad():
@@ -94,8 +112,13 @@ def test_nothing_of_the_images_is_recorded(name, flags, padding, sizes):
         for key in ("pred_logits", "pred_boxes", *({"pred_masks"} & expected.keys())):
             torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
         assert found.get("mask_sizes") == expected.get("mask_sizes")
-    assert (graphs.plain, graphs.recorded, graphs.replayed) == (1, 1, 2)
-    assert str(graphs) == "CUDA graphs: 2 of 4 batches replayed, 1 recorded, 1 run as without (a shape's first, or hooks)"
+    assert counts(graphs) == (1, 1, 2)
+    assert str(graphs) == ("CUDA graphs: 2 of 4 batches replayed, 1 recorded, 1 run as without (1 the first of their "
+                           "shape)")
+
+
+def counts(graphs):
+    return graphs.plain.total(), graphs.recorded, graphs.replayed
 
 
 @pytest.fixture
@@ -115,10 +138,10 @@ def test_a_graph_for_each_shape(model):
     for sizes in (SIZES["alike"], SIZES["unlike"], [(64, 96), (64, 64)], [(64, 96)], [(64, 64)]):
         detector(images(sizes, 0))
         detector(images(sizes, 1))
-    assert (graphs.plain, graphs.recorded, graphs.replayed) == (5, 5, 0)        # as padded, images 1 and 2 are alike
+    assert counts(graphs) == (5, 5, 0)                                          # as padded, images 1 and 2 are alike
     with torch.autocast("cpu", torch.bfloat16):
         detector(images([(64, 64)], 0))
-    assert graphs.plain == 6                                                    # what is computed in counts, too
+    assert counts(graphs) == (6, 5, 0)                                          # what is computed in counts, too
 
 
 def test_moved_weights_are_recorded_anew():
@@ -130,16 +153,23 @@ def test_moved_weights_are_recorded_anew():
     torch.testing.assert_close(detector(batch)["pred_logits"], before["pred_logits"] + 1)
     detector.class_embed.bias = torch.nn.Parameter(detector.class_embed.bias.detach() + 1, requires_grad=False)
     torch.testing.assert_close(detector(batch)["pred_logits"], before["pred_logits"] + 2)
-    assert (graphs.plain, graphs.recorded, graphs.replayed) == (2, 1, 2)
+    assert counts(graphs) == (2, 1, 2)
+    assert len(graphs._graphs) == 0                                             # the old ones are given up at once
 
 
-def test_the_graphs_used_last_are_kept():
+def test_graphs_that_are_used_keep_their_places(monkeypatch):
+    """More shapes than places, in turn: otherwise each would be recorded for the next to take its place."""
+    monkeypatch.setattr(cuda_graphs, "STALE", 4)
     detector, graphs = with_graphs(for_prediction(build_small("tiny_detr")[0]), most=2)
-    for side in (32, 64, 96):
-        detector(images([(side, side)], 0))
-    for side in (32, 64, 32, 96, 32, 64):
-        detector(images([(side, side)], 0))
-    assert (graphs.plain, graphs.recorded, graphs.replayed) == (3, 4, 2)        # 64 went for 96, and came again
+    for _ in range(6):
+        for side in (32, 64, 96):
+            detector(images([(side, side)], 0))
+    assert counts(graphs) == (3 + 5, 2, 2 * 4) and graphs.plain["without a free place"] == 5
+    for _ in range(2 * 4):
+        detector(images([(96, 96)], 0))
+    assert graphs.recorded == 3 and [shape[2][-1] for shape in graphs._graphs] == [64, 96]
+    detector(images([(64, 64)], 0))
+    assert [shape[2][-1] for shape in graphs._graphs] == [96, 64]
 
 
 def test_hooks_are_called(model):
@@ -150,7 +180,7 @@ def test_hooks_are_called(model):
     hook = detector.transformer.decoder.layers[0].register_forward_hook(lambda *args: seen.append(1))
     detector(batch)
     hook.remove()
-    assert seen == [1] and (graphs.plain, graphs.replayed) == (2, 1)
+    assert seen == [1] and counts(graphs) == (2, 1, 1) and graphs.plain["with hooks"] == 1
     explanation = explain(detector, batch[0])
     assert len(explanation.decoder) == len(detector.transformer.decoder.layers)
 
@@ -160,15 +190,43 @@ def test_sizes_that_nobody_knows(model):
     batch = nested_tensor_from_tensor_list(images(SIZES["alike"], 0))
     for _ in range(3):
         detector(NestedTensor(*batch.decompose()))
-    assert (graphs.plain, graphs.recorded) == (3, 0)
+    assert counts(graphs) == (3, 0, 0) and graphs.plain["without sizes"] == 3
 
+
+def test_a_batch_known_to_be_whole(model):
+    """It is computed without masks, and an equal one with them."""
+    detector, graphs = model
+    batch = nested_tensor_from_tensor_list(images(SIZES["alike"], 0))
+    for whole in (False, True, True, False):
+        detector(NestedTensor(*batch.decompose(), batch.sizes, whole))
+    assert counts(graphs) == (2, 2, 0)
+    assert [graph.samples.whole for graph in graphs._graphs.values()] == [True, False]
+
+
+def test_inference_mode(model):
+    """What is recorded within can be used outside, and the other way round."""
+    detector, graphs = model
+    batch = images(SIZES["alike"], 0)
+    expected = detector(batch)["pred_boxes"]
+    for inside in (True, True, False, True):
+        with torch.inference_mode(inside):
+            torch.testing.assert_close(detector(batch)["pred_boxes"], expected)
+    assert counts(graphs) == (1, 1, 3)
 
 def test_a_copy_records_for_itself(model):
     detector, graphs = model
     for _ in range(3):
         detector(images(SIZES["alike"], 0))
-    other = copy.deepcopy(detector).forward.call
-    assert isinstance(other, Traced) and other.recorded == 0 and graphs.recorded == 1
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert isinstance(other.forward.call, Again) and other.forward.call.recorded == 0 and graphs.recorded == 1
+
+
+def test_without(model):
+    detector, graphs = model
+    without_cuda_graphs(detector)
+    without_cuda_graphs(detector.transformer)                                   # which has none
+    detector(images(SIZES["alike"], 0))
+    assert counts(graphs) == (0, 0, 0)
 
 
 def test_what_cannot_be_recorded(monkeypatch, model):
@@ -181,12 +239,33 @@ def test_what_cannot_be_recorded(monkeypatch, model):
     detector(images(SIZES["alike"], 0))
     with pytest.raises(RuntimeError, match="ProposalDETR could not be recorded: operation not permitted .*Leave CUDA g"):
         detector(images(SIZES["alike"], 0))
+    monkeypatch.setattr(graphs, "prepare", fail)                                # which is the model's own error
+    with pytest.raises(RuntimeError, match="^operation not permitted"):
+        detector(images(SIZES["alike"], 0))
+    assert counts(graphs) == (1, 0, 0)
+
+
+def test_one_call_at_a_time(model):
+    detector, graphs = model
+    batches = [images(SIZES["alike"], seed) for seed in range(12)]
+    expected = [detector(batch)["pred_boxes"] for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: detector(batch)["pred_boxes"], batches))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+    assert counts(graphs) == (1, 1, 22)
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: int
 
 
 def test_copies_of_outputs():
     x = torch.zeros(2)
-    found = copied({"a": [x, (1, None)], "b": x})
+    found = copied({"a": [x, (1, None)], "b": x, "d": Pair(x, 1)})
     assert found["b"] is not x and found["a"][1] == (1, None) and torch.equal(found["a"][0], x)
+    assert type(found["d"]) is Pair and found["d"].a is not x and found["d"].b == 1
     with pytest.raises(TypeError, match="outputs hold a object"):
         copied([object()])
 
@@ -207,31 +286,66 @@ def test_no_copy_from_the_host(name, flags, padding, sizes, monkeypatch):
     assert len(kept) == before
 
 
+def holds_list(index):
+    return isinstance(index, list) or isinstance(index, tuple) and any(isinstance(one, list) for one in index)
+
+
 class Watch(torch.overrides.TorchFunctionMode):
     """Fails where a tensor goes from the CPU to another device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor) and found.device.type == "meta":
-            given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            copying = func in (torch.tensor, torch.as_tensor) and not given
-            assert not copying and all(x.device.type == "meta" or x.dim() == 0 for x in given), (func, args)
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in (found, *given)):
+            given = given[1:] if func is torch.Tensor.new_tensor else given
+            copying = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) and not given
+            listed = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and holds_list(args[1])
+            moved = any(x.device.type != "meta" and x.dim() > 0 for x in given)
+            assert not copying and not listed and not moved, (func, args)
         return found
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("name, flags", SMALL)
 def test_on_a_gpu(name, flags, precision):
-    from detr.precision import autocast
+    """Shapes in turn, more than there is room for; results are compared at the very end."""
     plain = for_prediction(build_small(name, padding="exact", **flags)[0], precision).cuda()
     model = copy.deepcopy(plain)
-    graphs = use_cuda_graphs(model)
-    for sizes in SIZES.values():
-        for seed in range(4):
+    graphs = use_cuda_graphs(model, most=2)
+    results = []
+    for seed in range(6):
+        for sizes in (*SIZES.values(), [(32, 64)]):
             batch = [image.cuda() for image in images(sizes, seed)]
             with torch.no_grad(), autocast(torch.device("cuda"), precision):
-                expected, found = plain(batch), model(batch)
-            for key in ("pred_logits", "pred_boxes"):
-                torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4)
-    assert (graphs.plain, graphs.recorded, graphs.replayed) == (2, 2, 4)
+                results.append((plain(batch), model(batch)))
+    for expected, found in results:
+        for key in ("pred_logits", "pred_boxes", *({"pred_masks"} & expected.keys())):
+            torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4)
+    assert counts(graphs) == (3 + 5, 2, 2 * 4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("device", [pytest.param(0), pytest.param(1, marks=pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs"))])
+def test_whatever_the_device_and_the_stream(device):
+    """Graphs are of the images' GPU, not the current one, and calls from several threads and streams do not mix."""
+    plain = for_prediction(build_small("tiny_detr")[0]).to(f"cuda:{device}")
+    model = copy.deepcopy(plain)
+    graphs = use_cuda_graphs(model)
+    batches = [[image.to(f"cuda:{device}") for image in images(SIZES["alike"], seed)] for seed in range(32)]
+    torch.cuda.synchronize(device)
+
+    def call(batch):
+        with torch.cuda.stream(torch.cuda.Stream(device)), torch.no_grad():
+            found = model(batch)["pred_boxes"], plain(batch)["pred_boxes"]
+            torch.cuda.current_stream(device).synchronize()
+            return found
+
+    with ThreadPoolExecutor(4) as threads:
+        for found, expected in threads.map(call, batches):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert counts(graphs) == (1, 1, 30)

@@ -165,6 +165,7 @@ def test_graphs_of_a_fast_detector(run, photos):
     assert detector.graphs is None and fast.graphs.recorded == 0
     with pytest.raises(ValueError, match="CUDA graphs need a GPU of NVIDIA, and the images are on cpu"):
         fast.predict(photos[0])
+    assert fast.fast().graphs is None and len(fast.fast().predict(photos[0])) == 1
     assert len(fast.explain(photos[0], encoder=False).decoder) == len(detector.explain(photos[0], encoder=False).decoder)
 
 

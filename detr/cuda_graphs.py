@@ -7,7 +7,7 @@ included, to the type in which is computed and to where the weights lie.
 """
 from __future__ import annotations
 
-import functools
+import gc
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -52,10 +52,12 @@ def use_cuda_graphs(model: nn.Module, most: int = MOST) -> CudaGraphs:
     So are batches without ``sizes``, calls with targets, and all calls while a part of the model has hooks, as reading
     its attention sets, which a graph would not call. Weights may change; other things that Python looks up while it
     computes, as attributes of layers, flags of PyTorch and environment variables, stay as they were when a graph was
-    recorded: call this function again after such a change.
+    recorded: call this function again after such a change. While one is recorded, other threads may use the GPU, but not
+    wait for all of it, as ``torch.cuda.synchronize`` does.
 
     For other calls, a model in training or on a CPU raises ValueError.
     """
+    without_cuda_graphs(model)
     graphs = CudaGraphs(most)
     Forward.of(model).call = graphs
     return graphs
@@ -65,7 +67,9 @@ def without_cuda_graphs(model: nn.Module) -> None:
     """Undo ``use_cuda_graphs``."""
     forward = vars(model).get("forward")
     if isinstance(forward, Forward) and isinstance(forward.call, CudaGraphs):
-        forward.call = type(model).forward
+        graphs, forward.call = forward.call, type(model).forward
+        with graphs._lock:
+            graphs.forget()
 
 
 class CudaGraphs:
@@ -83,6 +87,7 @@ class CudaGraphs:
         self._weights: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._pool: Any = None                      # memory for what is between inputs and outputs
+        self._stream: torch.cuda.Stream | None = None           # on which graphs are recorded
         self._done: torch.cuda.Event | None = None  # of the call before
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,7 +107,7 @@ class CudaGraphs:
         why = HOOKS if hooked else OTHERS if args or kwargs else "" if isinstance(samples.sizes, list) else SIZES
         if not why:
             self.check(model, samples.tensors.device)
-            with self.in_turn(samples.tensors.device):
+            with self._lock, self.in_turn(samples.tensors.device), torch.no_grad():
                 graph = self.found(model, samples, weights)
                 if isinstance(graph, Recorded):
                     graph.samples.tensors.copy_(samples.tensors)
@@ -117,7 +122,7 @@ class CudaGraphs:
     def found(self, model: nn.Module, samples: NestedTensor, weights: tuple[int, ...]) -> Recorded | str:
         """The graph for such a batch, recorded now if need be; or why there is none."""
         if weights != self._weights:
-            self.forget(*self._graphs)
+            self.forget()
             self._seen.clear()
             self._weights = weights
         shape, batches = shape_of(samples), self.recorded + self.replayed + self.plain.total()
@@ -130,30 +135,34 @@ class CudaGraphs:
             return FIRST
         else:
             if len(self._graphs) == self.most:
-                oldest = next(iter(self._graphs))
-                if batches - self._graphs[oldest].used <= STALE * self.most:
+                oldest = next(iter(self._graphs.values()))
+                if batches - oldest.used <= STALE * self.most:
                     return FULL
-                self.forget(oldest)
+                self.forget()                       # of graphs that share memory, one alone cannot safely be given up
             self._graphs[shape] = self.recording(model, samples)
             self.recorded += 1
         self._graphs.move_to_end(shape)
         self._graphs[shape].used = batches
         return self._graphs[shape]
 
-    def forget(self, *shapes: Shape) -> None:
-        """Give up these graphs, once the GPU is done with them."""
-        if shapes and self._done is not None:
+    def forget(self) -> None:
+        """Give up all graphs, once the GPU is done with them."""
+        if self._graphs and self._done is not None:
             self._done.synchronize()
-        for shape in shapes:
-            del self._graphs[shape]
+        self._graphs.clear()
 
     def recording(self, model: nn.Module, samples: NestedTensor) -> Recorded:
         """The forward pass of such a batch."""
         kept: Kept = {}
+        failed: list[Exception] = []
 
         def run() -> Any:
-            with keeping(kept):
-                return type(model).forward(model, own)
+            try:
+                with keeping(kept):
+                    return type(model).forward(model, own)
+            except Exception as error:
+                failed.append(error)
+                raise
 
         # What is made in inference mode could not be written to outside of it.
         with RECORDING, torch.inference_mode(False), torch.no_grad():
@@ -161,9 +170,10 @@ class CudaGraphs:
             self.prepare(run)
             try:
                 return Recorded(own, *self.record(run), kept)
-            except RuntimeError as error:           # at its end a recording fails with another one
+            except RuntimeError as error:           # at its end a recording that failed does so with another one
                 raise RuntimeError(f"CUDA graphs: the forward pass of {type(model).__name__} could not be recorded: "
-                                   f"{error.__context__ or error}. Leave CUDA graphs out") from error
+                                   f"{failed[0] if failed else error}. Start the program again without CUDA graphs"
+                                   ) from error
 
     # What needs a GPU.
 
@@ -179,7 +189,7 @@ class CudaGraphs:
     def in_turn(self, device: torch.device) -> Iterator[None]:
         """One call after the other, in this program and on the GPU, whatever stream each uses: a graph has one place for
         its inputs."""
-        with self._lock, torch.cuda.device(device):
+        with torch.cuda.device(device):
             if self._done is not None:
                 torch.cuda.current_stream().wait_event(self._done)
             try:
@@ -189,12 +199,14 @@ class CudaGraphs:
 
     def prepare(self, run: Callable[[], Any]) -> None:
         """A first call: libraries allocate and choose at theirs, and numbers are copied."""
-        beside, now = stream_beside(torch.cuda.current_device()), torch.cuda.current_stream()
-        beside.wait_stream(now)
+        now = torch.cuda.current_stream()
+        if self._stream is None or self._stream.device != now.device:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(now)
         torch.clear_autocast_cache()                # what is in it would not be computed by the graph
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(self._stream):
             run()
-        now.wait_stream(beside)
+        now.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         """What does the same as ``run`` with what then is in its inputs, and the outputs it writes to."""
@@ -202,19 +214,27 @@ class CudaGraphs:
         if not self._graphs:                        # memory that no graph uses any more cannot be shared
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        try:                                        # threads that use the GPU meanwhile are no part of it
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream_beside(torch.cuda.current_device()),
-                                  capture_error_mode="thread_local"):
-                outputs = run()
-        finally:
-            torch.clear_autocast_cache()            # nor may others use what only the graph computes
+        with uncollected(), torch.cuda.stream(torch.cuda.current_stream()):     # to be left again, even if this fails
+            try:                                    # what other threads do on the GPU meanwhile is no part of it
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
+                                      capture_error_mode="thread_local"):
+                    outputs = run()
+            finally:
+                torch.clear_autocast_cache()        # nor may others use what only the graph computes
         return graph.replay, outputs
 
 
-@functools.cache
-def stream_beside(device: int) -> torch.cuda.Stream:
-    """The stream of a GPU on which graphs are recorded."""
-    return torch.cuda.Stream(device)
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection, which would end a recording if it found an older model's graphs."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def hooks_and_weights(model: nn.Module) -> tuple[bool, tuple[int, ...]]:

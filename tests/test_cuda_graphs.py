@@ -2,6 +2,7 @@
 one call, with all that Python decided and all tensors that were there, and repeats them on what is in these by then."""
 import contextlib
 import copy
+import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from detr import cuda_graphs, list_models, transfer
 from detr.attention_maps import explain
-from detr.cuda_graphs import CudaGraphs, copied, use_cuda_graphs, without_cuda_graphs
+from detr.cuda_graphs import CudaGraphs, copied, uncollected, use_cuda_graphs, without_cuda_graphs
 from detr.deformable_attention import ENVIRONMENT
 from detr.inference import for_prediction
 from detr.memory import Forward
@@ -33,10 +34,8 @@ class Again(CudaGraphs):
     def check(self, model, device):
         pass
 
-    @contextlib.contextmanager
     def in_turn(self, device):
-        with self._lock:
-            yield
+        return contextlib.nullcontext()
 
     def prepare(self, run):
         run()
@@ -62,9 +61,9 @@ class Traced(Again):
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu(monkeypatch, request):
     """What CPUs do in their own way, since there it costs no waiting."""
-    if not torch.cuda.is_available():
+    if not request.node.get_closest_marker("on_a_gpu"):
         on_cpu = NestedTensor.padded.fget
         monkeypatch.setattr(NestedTensor, "padded", property(lambda samples: on_cpu(samples.to("meta"))))
         monkeypatch.setenv(ENVIRONMENT, "definition")
@@ -167,9 +166,10 @@ def test_graphs_that_are_used_keep_their_places(monkeypatch):
     assert counts(graphs) == (3 + 5, 2, 2 * 4) and graphs.plain["without a free place"] == 5
     for _ in range(2 * 4):
         detector(images([(96, 96)], 0))
-    assert graphs.recorded == 3 and [shape[2][-1] for shape in graphs._graphs] == [64, 96]
-    detector(images([(64, 64)], 0))
-    assert [shape[2][-1] for shape in graphs._graphs] == [96, 64]
+    assert graphs.recorded == 3 and [shape[2][-1] for shape in graphs._graphs] == [96]
+    for side in (64, 96):
+        detector(images([(side, side)], 0))
+    assert graphs.recorded == 4 and [shape[2][-1] for shape in graphs._graphs] == [64, 96]
 
 
 def test_hooks_are_called(model):
@@ -213,6 +213,7 @@ def test_inference_mode(model):
             torch.testing.assert_close(detector(batch)["pred_boxes"], expected)
     assert counts(graphs) == (1, 1, 3)
 
+
 def test_a_copy_records_for_itself(model):
     detector, graphs = model
     for _ in range(3):
@@ -223,10 +224,21 @@ def test_a_copy_records_for_itself(model):
 
 def test_without(model):
     detector, graphs = model
+    for _ in range(3):
+        detector(images(SIZES["alike"], 0))
     without_cuda_graphs(detector)
     without_cuda_graphs(detector.transformer)                                   # which has none
     detector(images(SIZES["alike"], 0))
-    assert counts(graphs) == (0, 0, 0)
+    assert counts(graphs) == (1, 1, 1) and not graphs._graphs
+
+
+def test_anew(model):
+    """With what Python looks up by now."""
+    detector, graphs = model
+    for _ in range(3):
+        detector(images(SIZES["alike"], 0))
+    again = use_cuda_graphs(detector, most=3)
+    assert detector.forward.call is again and again.most == 3 and not graphs._graphs
 
 
 def test_what_cannot_be_recorded(monkeypatch, model):
@@ -237,12 +249,41 @@ def test_what_cannot_be_recorded(monkeypatch, model):
 
     monkeypatch.setattr(graphs, "record", fail)
     detector(images(SIZES["alike"], 0))
-    with pytest.raises(RuntimeError, match="ProposalDETR could not be recorded: operation not permitted .*Leave CUDA g"):
+    with pytest.raises(RuntimeError, match="ProposalDETR could not be recorded: operation not permitted .*Start the pro"):
+        detector(images(SIZES["alike"], 0))
+
+    def fail_twice(run):
+        """As on a GPU, where the end of a recording fails after what was to be recorded."""
+        with pytest.raises(ValueError):
+            run()
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graphs, "prepare", lambda run: None)
+    monkeypatch.setattr(graphs, "record", fail_twice)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="not be recorded: queries are missing. Star"):
+        broken.setattr(type(detector), "forward", broken_forward)
         detector(images(SIZES["alike"], 0))
     monkeypatch.setattr(graphs, "prepare", fail)                                # which is the model's own error
     with pytest.raises(RuntimeError, match="^operation not permitted"):
         detector(images(SIZES["alike"], 0))
     assert counts(graphs) == (1, 0, 0)
+
+
+def broken_forward(model, samples):
+    raise ValueError("queries are missing")
+
+
+def test_garbage_waits():
+    """A graph that went with its model, found while another is recorded, would end the recording."""
+    for was in (True, False):
+        (gc.enable if was else gc.disable)()
+        try:
+            with pytest.raises(RuntimeError), uncollected():
+                assert not gc.isenabled()
+                raise RuntimeError
+            assert gc.isenabled() == was
+        finally:
+            gc.enable()
 
 
 def test_one_call_at_a_time(model):
@@ -305,10 +346,11 @@ class Watch(torch.overrides.TorchFunctionMode):
         return found
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def on_a_gpu(test):
+    return pytest.mark.on_a_gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
 
 
-@needs_cuda
+@on_a_gpu
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("name, flags", SMALL)
 def test_on_a_gpu(name, flags, precision):
@@ -328,7 +370,7 @@ def test_on_a_gpu(name, flags, precision):
     assert counts(graphs) == (3 + 5, 2, 2 * 4)
 
 
-@needs_cuda
+@on_a_gpu
 @pytest.mark.parametrize("device", [pytest.param(0), pytest.param(1, marks=pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two GPUs"))])
 def test_whatever_the_device_and_the_stream(device):
@@ -337,6 +379,10 @@ def test_whatever_the_device_and_the_stream(device):
     model = copy.deepcopy(plain)
     graphs = use_cuda_graphs(model)
     batches = [[image.to(f"cuda:{device}") for image in images(SIZES["alike"], seed)] for seed in range(32)]
+    with torch.no_grad():
+        for batch in batches[:3]:
+            assert torch.cuda.current_device() == 0
+            torch.testing.assert_close(model(batch)["pred_boxes"], plain(batch)["pred_boxes"], atol=1e-4, rtol=1e-4)
     torch.cuda.synchronize(device)
 
     def call(batch):
@@ -348,4 +394,23 @@ def test_whatever_the_device_and_the_stream(device):
     with ThreadPoolExecutor(4) as threads:
         for found, expected in threads.map(call, batches):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert counts(graphs) == (1, 1, 30)
+    assert counts(graphs) == (1, 1, 33)
+
+
+@on_a_gpu
+def test_places_that_were_taken_over(monkeypatch):
+    """Graphs recorded after others were given up read and write memory of their own."""
+    monkeypatch.setattr(cuda_graphs, "STALE", 1)
+    plain = for_prediction(build_small("tiny_deformable_detr")[0]).cuda()
+    model = copy.deepcopy(plain)
+    graphs = use_cuda_graphs(model, most=2)
+    for sides in ((32, 64), (64, 96), (96, 32), (32, 64)):
+        for seed in range(6):
+            for side in sides:
+                batch = [image.cuda() for image in images([(side, side)], seed)]
+                gc.collect()
+                torch.cuda.empty_cache()
+                with torch.no_grad():
+                    torch.testing.assert_close(model(batch)["pred_boxes"], plain(batch)["pred_boxes"],
+                                               atol=1e-4, rtol=1e-4)
+    assert graphs.recorded > 4 and graphs.replayed > 8

@@ -2,13 +2,14 @@
 
 What it does without changing a number beyond rounding: normalisations with fixed statistics go into the convolutions
 before them; convolutions, with their ReLU and the sum of a residual block, run as one operation in the channels-last
-order where PyTorch has one; auxiliary outputs are left out. With ``bf16`` the backbone computes in bfloat16, and the
-transformer's matrices are multiplied in it; offsets and weights of deformable attention, and the sums that make boxes of
-them, stay in float32.
+order where PyTorch has one, and linear layers of the transformer with their bias; auxiliary outputs are left out. With
+``bf16`` the backbone computes in bfloat16, and the transformer's matrices are multiplied in it; offsets and weights of
+deformable attention, and the sums that make boxes of them, stay in float32.
 """
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class FoldedConvolution(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         window = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
-        if x.device.type == "cpu" and fused_on_cpu(x.dtype):
+        if fused_on_cpu(x):
             if add is not None:
                 return torch.ops.mkldnn._convolution_pointwise(x, add, self.weight, self.bias, *window, "add", 1.0,
                                                                "relu" if self.relu else None, [], "")
@@ -54,10 +55,32 @@ class FoldedConvolution(nn.Module):
         return out.relu_() if self.relu else out
 
 
-def fused_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has convolutions that add and cut in the same pass, for this type on this processor."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise") and (
-        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+class FusedLinear(nn.Linear):
+    """A linear layer that, on CPUs, adds its bias while it multiplies."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype == self.weight.dtype and fused_on_cpu(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(input)
+
+
+def fused_on_cpu(x: Tensor) -> bool:
+    """Whether PyTorch has operations that convolve or multiply ``x``, and add and cut in the same pass. They have no
+    gradients, and no form that could be exported."""
+    followed = torch.is_grad_enabled() and x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and not followed and fused_in(x.dtype)
+
+
+@functools.cache
+def fused_in(dtype: torch.dtype) -> bool:
+    """Whether this processor has them for such numbers."""
+    known = torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_linear_pointwise"))
+    return known and (dtype == torch.float32 or
+                      dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Block(nn.Module):
@@ -133,8 +156,9 @@ def for_prediction(model: nn.Module, precision: str = "off") -> nn.Module:
     if isinstance(backbone.body, ResNet) and isinstance(backbone.body.bn1, NORMS):
         backbone.body = FoldedResNet(backbone.body)
         backbone.body.to(TYPES[precision])
-    if precision != "off":
-        for name, module in detr.transformer.named_modules():
-            if isinstance(module, nn.Linear) and not set(name.split(".")) & IN_FLOAT32:
-                module.to(TYPES[precision])                     # what autocast would do anew each time
+    for name, module in detr.transformer.named_modules():
+        if isinstance(module, nn.Linear) and not set(name.split(".")) & IN_FLOAT32:
+            module.to(TYPES[precision])                         # what autocast would do anew each time
+        if type(module) is nn.Linear:
+            module.__class__ = FusedLinear                      # in place: some are shared with the heads
     return fast

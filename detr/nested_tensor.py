@@ -92,9 +92,9 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
     width = max(image.shape[2] for image in images)
     tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
-    for image, tensor, padding in zip(images, tensors, mask):
-        tensor[:, :image.shape[1], :image.shape[2]].copy_(image)
-        padding[:image.shape[1], :image.shape[2]] = False
+    for i, image in enumerate(images):                  # by number: slices got by iterating take no gradients
+        tensors[i, :, :image.shape[1], :image.shape[2]].copy_(image)
+        mask[i, :image.shape[1], :image.shape[2]] = False
     return NestedTensor(tensors, mask, [(image.shape[1], image.shape[2]) for image in images])
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from detr import inference
 from detr.backbone import backbone_of
 from detr.backbone.resnet import FrozenBatchNorm2d
-from detr.inference import FoldedResNet, for_prediction
+from detr.inference import FoldedResNet, FusedLinear, for_prediction
 from detr.precision import autocast
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def trained(name: str, **flags) -> nn.Module:
 @torch.no_grad()
 def test_outputs_are_the_models(name, padding, fused, monkeypatch):
     if not fused:
-        monkeypatch.setattr(inference, "fused_on_cpu", lambda dtype: False)
+        monkeypatch.setattr(inference, "fused_on_cpu", lambda x: False)
     model = trained(name, padding=padding)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected, aux_loss = model(images(*SIZES)), getattr(model, "detr", model).aux_loss
@@ -69,6 +69,37 @@ def test_bfloat16_is_near(name):
     assert actual["pred_boxes"].dtype == torch.float32
     assert (actual["pred_boxes"] - expected["pred_boxes"]).abs().max() < 0.01
     assert 0 < (actual["pred_logits"].float() - expected["pred_logits"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 16), (0, 16), (16,)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_linear_layers(shape, bias):
+    plain, tokens = nn.Linear(16, 24, bias=bias), torch.randn(shape)
+    fast, half = FusedLinear(16, 24, bias=bias), FusedLinear(16, 24, bias=bias, dtype=torch.bfloat16)
+    fast.load_state_dict(plain.state_dict())
+    half.load_state_dict(plain.state_dict())
+    for x in (tokens, tokens.expand(3, *shape).transpose(0, -2)):               # which does not lie row by row
+        torch.testing.assert_close(fast(x), plain(x))
+        with autocast(CPU, "bf16"):
+            assert torch.equal(fast(x), plain(x))                               # weights in float32 are cast
+            assert half(x).dtype == torch.bfloat16
+            torch.testing.assert_close(half(x), plain(x))
+    exported = torch.export.export(fast, (tokens,)).graph_module.code
+    assert "linear" in exported and "mkldnn" not in exported
+
+
+@pytest.mark.parametrize("name", ["tiny_detr", "tiny_deformable_detr"])
+def test_gradients_of_images(name):
+    """Parameters have none; what of an image matters can still be asked."""
+    model = trained(name)
+    grads = []
+    for side in (model, for_prediction(model)):
+        given = [image.requires_grad_() for image in images(*SIZES)]
+        side(given)["pred_logits"].square().sum().backward()
+        grads.append(given[0].grad)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3 * float(grads[0].abs().max()))
 
 
 @pytest.mark.parametrize("flags", [{"backbone_norm": "group", "from_scratch": True, "lr_backbone": 1e-3},

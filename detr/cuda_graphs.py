@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .memory import Forward
 from .nested_tensor import NestedTensor, as_nested_tensor
@@ -24,12 +25,16 @@ from .transfer import Kept, keeping
 
 MOST = 16                       # graphs kept of a model; each holds its inputs and outputs, and all share the rest
 SEEN = 4096                     # shapes remembered that came once
-STALE = 10                      # a graph makes room if, in so many batches for each place, its shape did not come
+STALE = 10                      # graphs make room once, in so many batches for each place, the shape of one did not come
 RECORDING = threading.Lock()    # one at a time in this process
 
 Shape = tuple[Any, ...]         # see ``shape_of``
-FIRST, HOOKS, OTHERS, SIZES, FULL = "the first of their shape", "with hooks", "with further arguments", "without sizes", \
-    "without a free place"
+FIRST, HOOKS, OTHERS, SIZES, GRADIENTS, FULL = "the first of their shape", "with hooks", "with further arguments", \
+    "without sizes", "with gradients", "without a free place"
+
+
+class NotRecorded(RuntimeError):
+    """A forward pass does what no graph can."""
 
 
 @dataclass
@@ -46,16 +51,17 @@ class Recorded:
 def use_cuda_graphs(model: nn.Module, most: int = MOST) -> CudaGraphs:
     """From now on ``model``, a detector in evaluation on a GPU, records its forward pass for batches whose shape comes a
     second time, and replays it from then on, without gradients; what is returned counts how often. At most ``most``
-    graphs are kept: one whose shape has not come for long makes room, and where there is none, batches of further
-    shapes are computed as without graphs.
+    graphs are kept: with no place free, batches of further shapes are computed as without graphs, until a shape has not
+    come for long: then all graphs are given up, since they share memory, and recorded anew as their shapes come.
 
-    So are batches without ``sizes``, calls with targets, and all calls while a part of the model has hooks, as reading
-    its attention sets, which a graph would not call. Weights may change; other things that Python looks up while it
-    computes, as attributes of layers, flags of PyTorch and environment variables, stay as they were when a graph was
-    recorded: call this function again after such a change. While one is recorded, other threads may use the GPU, but not
-    wait for all of it, as ``torch.cuda.synchronize`` does.
+    As without graphs are computed, too, batches without ``sizes``, images that ask for gradients, calls with targets, and
+    all calls while modules have hooks, as reading a model's attention sets, which a graph would not call. Weights may
+    change; other things that Python looks up while it computes, as attributes of layers, flags of PyTorch, its modes and
+    environment variables, stay as they were when a graph was recorded: call this function again after such a change.
+    While one is recorded, other threads may use the GPU, but not wait for all of it, as ``torch.cuda.synchronize`` does.
 
-    For other calls, a model in training or on a CPU raises ValueError.
+    For other calls, a model in training or on a CPU, or that gives back what cannot be copied, raises ValueError, and one
+    that does what no graph can ``NotRecorded``.
     """
     without_cuda_graphs(model)
     graphs = CudaGraphs(most)
@@ -74,13 +80,13 @@ def without_cuda_graphs(model: nn.Module) -> None:
 
 class CudaGraphs:
     """The forward pass of a model, see ``use_cuda_graphs``: how many batches were ``recorded``, how many ``replayed``,
-    and how many ``plain``, as without graphs, why."""
+    how many ``plain``, as without graphs, why, and how often all graphs were ``given_up``."""
 
     def __init__(self, most: int = MOST) -> None:
         if most < 1:
             raise ValueError(f"most is {most}: at least one graph is needed")
         self.most = most
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.given_up = 0
         self.plain: Counter[str] = Counter()
         self._graphs: OrderedDict[Shape, Recorded] = OrderedDict()          # the one used last is the last
         self._seen: OrderedDict[Shape, None] = OrderedDict()
@@ -98,13 +104,15 @@ class CudaGraphs:
         plain = self.plain.total()
         why = f" ({', '.join(f'{n} {why}' for why, n in self.plain.most_common())})" if plain else ""
         return (f"CUDA graphs: {self.replayed} of {self.recorded + self.replayed + plain} batches replayed, "
-                f"{self.recorded} recorded, {plain} run as without{why}")
+                f"{self.recorded} recorded, {plain} run as without{why}"
+                + (f"; times all graphs were given up: {self.given_up}" if self.given_up else ""))
 
     def __call__(self, model: nn.Module, samples: NestedTensor | Tensor | list[Tensor], *args: Any,
                  **kwargs: Any) -> Any:
         samples, forward = as_nested_tensor(samples), type(model).forward
         hooked, weights = hooks_and_weights(model)
-        why = HOOKS if hooked else OTHERS if args or kwargs else "" if isinstance(samples.sizes, list) else SIZES
+        why = (HOOKS if hooked else OTHERS if args or kwargs else SIZES if not isinstance(samples.sizes, list) else
+               GRADIENTS if torch.is_grad_enabled() and samples.tensors.requires_grad else "")
         if not why:
             self.check(model, samples.tensors.device)
             with self._lock, self.in_turn(samples.tensors.device), torch.no_grad():
@@ -138,7 +146,8 @@ class CudaGraphs:
                 oldest = next(iter(self._graphs.values()))
                 if batches - oldest.used <= STALE * self.most:
                     return FULL
-                self.forget()                       # of graphs that share memory, one alone cannot safely be given up
+                self.forget()                       # of graphs that share memory, one alone cannot safely go
+                self.given_up += 1
             self._graphs[shape] = self.recording(model, samples)
             self.recorded += 1
         self._graphs.move_to_end(shape)
@@ -171,7 +180,7 @@ class CudaGraphs:
             try:
                 return Recorded(own, *self.record(run), kept)
             except RuntimeError as error:           # at its end a recording that failed does so with another one
-                raise RuntimeError(f"CUDA graphs: the forward pass of {type(model).__name__} could not be recorded: "
+                raise NotRecorded(f"CUDA graphs: the forward pass of {type(model).__name__} could not be recorded: "
                                    f"{failed[0] if failed else error}. Start the program again without CUDA graphs"
                                    ) from error
 
@@ -204,9 +213,11 @@ class CudaGraphs:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(now)
         torch.clear_autocast_cache()                # what is in it would not be computed by the graph
-        with torch.cuda.stream(self._stream):
-            run()
-        now.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:
+            now.wait_stream(self._stream)           # also where it failed, others have to wait for what was begun
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         """What does the same as ``run`` with what then is in its inputs, and the outputs it writes to."""
@@ -238,8 +249,8 @@ def uncollected() -> Iterator[None]:
 
 
 def hooks_and_weights(model: nn.Module) -> tuple[bool, tuple[int, ...]]:
-    """Whether a part of ``model`` has hooks (its own are called either way), and where all weights lie."""
-    hooked, places, parts = False, [], [model]
+    """Whether modules, or a part of ``model``, have hooks (its own are called either way), and where all weights lie."""
+    hooked, places, parts = bool(_global_forward_hooks or _global_forward_pre_hooks), [], [model]
     for part in parts:                              # it grows on the way; ``modules()`` takes three times as long
         hooked = hooked or part is not model and bool(part._forward_hooks or part._forward_pre_hooks)
         places += [x.data_ptr() for x in part._parameters.values() if x is not None]
@@ -256,7 +267,7 @@ def shape_of(samples: NestedTensor) -> Shape:
 
 
 def copied(outputs: Any) -> Any:
-    """``outputs`` with tensors of their own. TypeError for what may hold tensors that are not seen here."""
+    """``outputs`` with tensors of their own. ValueError for what may hold tensors that are not seen here."""
     if isinstance(outputs, Tensor):
         return outputs.clone()
     if isinstance(outputs, Mapping):
@@ -266,5 +277,5 @@ def copied(outputs: Any) -> Any:
         return made(map(copied, outputs))
     if outputs is None or isinstance(outputs, (bool, int, float, str)):
         return outputs
-    raise TypeError(f"CUDA graphs: outputs hold a {type(outputs).__name__}; tensors, lists, tuples, dicts and numbers "
-                    f"can be given back")
+    raise ValueError(f"CUDA graphs: outputs hold a {type(outputs).__name__}, and only tensors, lists, tuples, dicts and "
+                     f"numbers can be given back: leave CUDA graphs out")

@@ -2,8 +2,9 @@
 
 What it does without changing a number beyond rounding: normalisations with fixed statistics go into the convolutions
 before them; convolutions, with their ReLU and the sum of a residual block, run as one operation in the channels-last
-order where PyTorch has one, and linear layers of the transformer with their bias; auxiliary outputs are left out. With
-``bf16`` the backbone computes in bfloat16, and the transformer's matrices are multiplied in it; offsets and weights of
+order where PyTorch has one, and linear layers of the transformer with their bias, all but the joint projection to
+queries, keys and values of dense attention, which is a parameter of its own; auxiliary outputs are left out. With
+``bf16`` the backbone computes in bfloat16, and the transformer's linear layers multiply in it; offsets and weights of
 deformable attention, and the sums that make boxes of them, stay in float32.
 """
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .backbone import backbone_of
 from .backbone.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet, extents_behind
 from .padding import Size, Where, check_sizes, through, where, zeroed
-from .precision import TYPES
+from .precision import TYPES, fast_in_bf16
 
 NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)                     # whose statistics are fixed in evaluation
 # Linear layers whose numbers are worth float32, or that a model asks for their type.
@@ -44,7 +45,7 @@ class FoldedConvolution(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         window = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
-        if fused_on_cpu(x):
+        if fused_on_cpu(x, self.weight):
             if add is not None:
                 return torch.ops.mkldnn._convolution_pointwise(x, add, self.weight, self.bias, *window, "add", 1.0,
                                                                "relu" if self.relu else None, [], "")
@@ -59,19 +60,19 @@ class FusedLinear(nn.Linear):
     """A linear layer that, on CPUs, adds its bias while it multiplies."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype == self.weight.dtype and fused_on_cpu(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if fused_on_cpu(input, self.weight):
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+            if dtype == self.weight.dtype:
+                return torch.ops.mkldnn._linear_pointwise(input.to(dtype), self.weight, self.bias, "none", [], "")
         return super().forward(input)
 
 
-def fused_on_cpu(x: Tensor) -> bool:
-    """Whether PyTorch has operations that convolve or multiply ``x``, and add and cut in the same pass. They have no
-    gradients, and no form that could be exported."""
-    followed = torch.is_grad_enabled() and x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x.device.type == "cpu" and not followed and fused_in(x.dtype)
+def fused_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch has operations that convolve or multiply ``x`` with ``weight``, and add and cut in the same pass.
+    They have no gradients, and no form that could be exported."""
+    followed = (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+                or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return x.device.type == "cpu" and not followed and bool(torch.backends.mkldnn.enabled) and fused_in(weight.dtype)
 
 
 @functools.cache
@@ -79,8 +80,7 @@ def fused_in(dtype: torch.dtype) -> bool:
     """Whether this processor has them for such numbers."""
     known = torch.backends.mkldnn.is_available() and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_linear_pointwise"))
-    return known and (dtype == torch.float32 or
-                      dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return known and (dtype == torch.float32 or dtype == torch.bfloat16 and fast_in_bf16(torch.device("cpu")))
 
 
 class Block(nn.Module):
@@ -145,20 +145,24 @@ def for_prediction(model: nn.Module, precision: str = "off") -> nn.Module:
     auxiliary outputs. ``precision``: "off" computes in float32 as before; "bf16" and "fp16" are to be run within
     ``precision.autocast`` of the same name, as ``Detector`` does. ResNets are folded; other backbones stay as they are.
 
-    State dicts of the copy have other names: keep the model for saving. Raises ValueError for an unknown precision.
+    State dicts of the copy have other names: keep the model for saving. Raises ValueError for an unknown precision, and
+    for another one than that of a copy made before.
     """
     if precision not in TYPES:
         raise ValueError(f"precision {precision!r} is not known; use one of {', '.join(TYPES)}")
+    if getattr(model, "prepared_for", precision) != precision:
+        raise ValueError(f"precision {precision!r}: this model is a copy prepared for {model.prepared_for!r}; prepare "
+                         f"the one it was made from")
     fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast.prepared_for = precision                                                               # type: ignore[assignment]
     detr: Any = getattr(fast, "detr", fast)
     detr.aux_loss = False
-    backbone = backbone_of(fast)
+    backbone, half = backbone_of(fast), None if precision == "off" else TYPES[precision]
     if isinstance(backbone.body, ResNet) and isinstance(backbone.body.bn1, NORMS):
-        backbone.body = FoldedResNet(backbone.body)
-        backbone.body.to(TYPES[precision])
+        backbone.body = FoldedResNet(backbone.body).to(half)
     for name, module in detr.transformer.named_modules():
-        if isinstance(module, nn.Linear) and not set(name.split(".")) & IN_FLOAT32:
-            module.to(TYPES[precision])                         # what autocast would do anew each time
+        if isinstance(module, nn.Linear) and half and not set(name.split(".")) & IN_FLOAT32:
+            module.to(half)                                     # what autocast would do anew each time
         if type(module) is nn.Linear:
             module.__class__ = FusedLinear                      # in place: some are shared with the heads
     return fast

@@ -3,6 +3,7 @@ feed-forward block of transformer layers (Vaswani et al., 2017, section 3.3)."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .dropout import relu_dropout
 
@@ -33,19 +34,21 @@ def feed_forward(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.
     processor's cache, and no memory is fetched for all of it."""
     if isinstance(linear1, nn.Linear) and in_parts(x, linear1, linear2, dropout, activation):
         tokens = max(1, AT_ONCE // (linear1.out_features * x.element_size()))
-        parts = [whole(some, linear1, linear2, dropout, activation) for some in x.reshape(-1, x.shape[-1]).split(tokens)]
-        return torch.cat(parts).view(x.shape)
-    return whole(x, linear1, linear2, dropout, activation)
+        parts = [block(part, linear1, linear2, dropout, activation) for part in x.reshape(-1, x.shape[-1]).split(tokens)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.view(*x.shape[:-1], out.shape[-1])
+    return block(x, linear1, linear2, dropout, activation)
 
 
 def in_parts(x: Tensor, *modules: nn.Module | None) -> bool:
     """Whether nobody could tell the difference, were a block of these ``modules`` called more than once."""
     followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    seen = any(m is not None and (m.training or m._forward_hooks or m._forward_pre_hooks) for m in modules)
+    seen = _global_forward_hooks or _global_forward_pre_hooks or any(
+        m is not None and (m.training or m._forward_hooks or m._forward_pre_hooks) for m in modules)
     return x.device.type == "cpu" and not (followed or seen)
 
 
-def whole(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Dropout,
+def block(x: Tensor, linear1: nn.Module, linear2: nn.Module, dropout: nn.Dropout,
           activation: nn.Module | None) -> Tensor:
     """The block for all of ``x``."""
     hidden = linear1(x)

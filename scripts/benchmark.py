@@ -16,7 +16,8 @@ precision, ours and the peers. On CUDA all share one process.
                  with main.py's ``--fold_norms``
     bf16         ours: within ``detr.precision.autocast``. Peers: converted to bfloat16 for ``forward``, where they can
                  compute so, else and for ``train`` within autocast
-    graphs       with --cuda_graphs, beside the others: ``prepared`` by ``detr.cuda_graphs``, replayed; it has no parts
+    graphs       with --cuda_graphs, beside the others: ``prepared`` by ``detr.cuda_graphs``, replayed, which is
+                 verified; it has no parts, and no peak, since its memory is there before
     compiled     with --compile, beside the others: ours by ``detr.memory.compile_model``, peers by ``torch.compile``
     keep_memory  what a side frees, the process keeps for the next one, as main.py does on CPUs. That helps peers at least
                  as much; without it, both hand their memory back to the system and fetch it anew, as programs do
@@ -39,7 +40,8 @@ precision, ours and the peers. On CUDA all share one process.
                  perfect and finds nothing in a cache. Fused operators and caches can beat it; deformable sampling on CUDA
                  is no operator to PyTorch and missing in it
     differ       the predictions of peers with our weights, and of ``prepared``, are compared with the model's before
-                 anything is timed: at most 0.001 in float32, of the largest logit and of the image
+                 anything is timed: at most 0.001 in float32, of the largest logit and of the image; those of graphs with
+                 those of ``prepared``: at most so in any precision
     peers        ``transformers``: DETR and Deformable DETR with the same weights, the same parts frozen, its own loss.
                  With auxiliary losses its DETR normalises what goes from one decoder layer to the next, so its training
                  is not the published one, though as much work. torchvision's detectors are other architectures, for
@@ -60,7 +62,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +83,8 @@ from detr import build_model, config, list_models, memory, sharding
 from detr.backbone import backbone_of
 from detr.backbone.resnet import fold_norms
 from detr.config import TrainConfig
-from detr.cuda_graphs import use_cuda_graphs
+from detr.cuda_graphs import CudaGraphs, use_cuda_graphs
+from detr.memory import Forward
 from detr.nested_tensor import NestedTensor
 from detr.optimization import make_optimizer
 from detr.precision import autocast, fast_in_bf16
@@ -332,6 +335,7 @@ class OurModel:
         self.batches = {size: to_device(*collate(items), device) for size, items in self.items.items()}
         self.optimizer: torch.optim.Optimizer | None = None
         self.differences: dict[str, dict[str, float]] = {}              # of predictions, from those of the model as it is
+        self.graphs: dict[str, CudaGraphs] = {}
         if case["mode"] == "train":
             model.train(), criterion.train()
             groups = settings_of(case).parameter_groups(model, 1e-4)
@@ -424,8 +428,19 @@ class OurModel:
                         self.forward(graphed, precision, SMALL), AGREES)
             if self.case["compile"]:
                 forms |= {f"{form}, compiled": compiled(model, self.device) for form, model in forms.items()}
-            sides += [self.side(form, model, precision) for form, model in forms.items()]
+            for form, model in forms.items():
+                sides.append(self.side(form, model, precision))
+                if "graphs" in form:
+                    self.graphs[f"{form} {precision}"] = Forward.of(model).call                 # type: ignore[assignment]
         return sides, left_out
+
+
+def only_replayed(graphs: Mapping[str, CudaGraphs]) -> dict[str, str]:
+    """What graphs did, in words. RuntimeError where one was not replayed but for the two calls that do not count."""
+    for form, counted in graphs.items():
+        if counted.plain.total() != counted.recorded:           # each shape once as without, once recorded
+            raise RuntimeError(f"{form}: what was timed is no replay. {counted}")
+    return {form: str(counted) for form, counted in graphs.items()}
 
 
 def with_graphs(model: nn.Module) -> nn.Module:
@@ -628,6 +643,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     shown = spent[..., ("wall", "cpu").index(case["clock"])]                            # [sides and peaks, rounds]
     rates = {name: amount / statistics.median(shown[len(sides) + i])
              for i, (name, (_, amount)) in enumerate(peaks.items())}
+    replays = only_replayed(ours.graphs)
     work = {} if case["no_parts"] else {p: ours.work(p, rates[p], rates["copy"]) for p in case["precision"]}
     rows = []
     for i, side in enumerate(sides):
@@ -642,7 +658,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         if device.type == "cuda" and not case["no_memory"] and "graphs" not in side.form:   # these have memory already
             row["peak_bytes"] = peak_of(side, ours)
         rows.append(row)
-    return {**case, "rows": rows, "ratios": ratios(rows, shown), "rates": rates,
+    return {**case, "rows": rows, "ratios": ratios(rows, shown), "rates": rates, "graphs": replays,
             "differences": ours.differences | others.differences, "left_out": left_out | others.left_out,
             "limits": {precision: {part: dict(zip(("flops", "bytes", "seconds"), map(float, figures)))
                                    for part, figures in parts.items() if np.any(figures)}
@@ -853,6 +869,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, differences in done["differences"].items():
             print(f"{title}: {name}, with the same weights, differs by " +
                   ", ".join(f"{value:.1e} ({what})" for what, value in differences.items()), flush=True)
+        for form, counted in done["graphs"].items():
+            print(f"{title}: {form}: {counted}", flush=True)
         for row in done["rows"]:
             if row["note"] and (text := f"{row['who']}, {row['precision']}, {case['mode']}: {row['note']}") not in said:
                 print(text, flush=True)

@@ -75,6 +75,7 @@ from datasets.images import Picture, height_width, read_image
 from detr.boxes import box_xyxy_to_xywh
 from detr.checkpoint import remove_partials
 from detr.config import nearest
+from detr.cuda_graphs import NotRecorded
 from detr.loading import Detector, NamedDetections
 from detr.loading import load as load_detector
 from detr.panoptic import PanopticPrediction
@@ -554,7 +555,7 @@ def described(source: Source) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main(get_args_parser().parse_args()))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NotRecorded) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

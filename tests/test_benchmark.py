@@ -271,6 +271,15 @@ def test_refusals(words, why):
         benchmark.main(benchmark.get_args_parser().parse_args(words))
 
 
+def test_graphs_that_were_not_replayed():
+    graphs = benchmark.CudaGraphs()
+    graphs.plain["the first of their shape"], graphs.recorded, graphs.replayed = 2, 2, 9
+    assert benchmark.only_replayed({"prepared, graphs float32": graphs})["prepared, graphs float32"] == str(graphs)
+    graphs.plain["with hooks"] += 1
+    with pytest.raises(RuntimeError, match="graphs float32: what was timed is no replay. CUDA graphs: 9 of 14"):
+        benchmark.only_replayed({"prepared, graphs float32": graphs})
+
+
 def test_flags_and_sizes():
     assert benchmark.flags_of(["a=3", "b=resnet18", "c=(8, 16)"]) == {"a": 3, "b": "resnet18", "c": (8, 16)}
     with pytest.raises(ValueError, match="NAME=VALUE"):

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from detr import cuda_graphs, list_models, transfer
 from detr.attention_maps import explain
-from detr.cuda_graphs import CudaGraphs, copied, uncollected, use_cuda_graphs, without_cuda_graphs
+from detr.cuda_graphs import CudaGraphs, NotRecorded, copied, uncollected, use_cuda_graphs, without_cuda_graphs
 from detr.deformable_attention import ENVIRONMENT
 from detr.inference import for_prediction
 from detr.memory import Forward
@@ -166,6 +166,7 @@ def test_graphs_that_are_used_keep_their_places(monkeypatch):
     assert counts(graphs) == (3 + 5, 2, 2 * 4) and graphs.plain["without a free place"] == 5
     for _ in range(2 * 4):
         detector(images([(96, 96)], 0))
+    assert str(graphs).endswith("; times all graphs were given up: 1")
     assert graphs.recorded == 3 and [shape[2][-1] for shape in graphs._graphs] == [96]
     for side in (64, 96):
         detector(images([(side, side)], 0))
@@ -181,6 +182,12 @@ def test_hooks_are_called(model):
     detector(batch)
     hook.remove()
     assert seen == [1] and counts(graphs) == (2, 1, 1) and graphs.plain["with hooks"] == 1
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: seen.append(2))
+    try:
+        detector(batch)
+    finally:
+        hook.remove()
+    assert 2 in seen and counts(graphs) == (3, 1, 1) and graphs.plain["with hooks"] == 2
     explanation = explain(detector, batch[0])
     assert len(explanation.decoder) == len(detector.transformer.decoder.layers)
 
@@ -191,6 +198,20 @@ def test_sizes_that_nobody_knows(model):
     for _ in range(3):
         detector(NestedTensor(*batch.decompose()))
     assert counts(graphs) == (3, 0, 0) and graphs.plain["without sizes"] == 3
+
+
+def test_gradients_of_images(model):
+    """They are asked of the batch, and a graph has none."""
+    detector, graphs = model
+    for _ in range(4):
+        given = [image.requires_grad_() for image in images(SIZES["alike"], 0)]
+        detector(given)["pred_logits"].sum().backward()
+        assert given[0].grad.abs().max() > 0
+    assert counts(graphs) == (4, 0, 0) and graphs.plain["with gradients"] == 4
+    with torch.no_grad():
+        for _ in range(3):
+            assert not detector(given)["pred_logits"].requires_grad
+    assert counts(graphs) == (5, 1, 1)
 
 
 def test_a_batch_known_to_be_whole(model):
@@ -249,7 +270,7 @@ def test_what_cannot_be_recorded(monkeypatch, model):
 
     monkeypatch.setattr(graphs, "record", fail)
     detector(images(SIZES["alike"], 0))
-    with pytest.raises(RuntimeError, match="ProposalDETR could not be recorded: operation not permitted .*Start the pro"):
+    with pytest.raises(NotRecorded, match="ProposalDETR could not be recorded: operation not permitted .*Start the pro"):
         detector(images(SIZES["alike"], 0))
 
     def fail_twice(run):
@@ -286,6 +307,27 @@ def test_garbage_waits():
             gc.enable()
 
 
+def test_recording_waits_with_garbage(monkeypatch):
+    """And takes PyTorch's arguments: the graphs' memory and stream, whatever other threads do."""
+    asked = []
+
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        asked.append(kwargs)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Pair(torch.zeros(1), 1))
+    monkeypatch.setattr(Pair, "replay", "replay", raising=False)
+    graphs = CudaGraphs()
+    graphs._stream = "stream"
+    assert gc.isenabled() and graphs.record(gc.isenabled) == ("replay", False) and gc.isenabled()
+    assert asked == [{"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}]
+
+
 def test_one_call_at_a_time(model):
     detector, graphs = model
     batches = [images(SIZES["alike"], seed) for seed in range(12)]
@@ -307,7 +349,7 @@ def test_copies_of_outputs():
     found = copied({"a": [x, (1, None)], "b": x, "d": Pair(x, 1)})
     assert found["b"] is not x and found["a"][1] == (1, None) and torch.equal(found["a"][0], x)
     assert type(found["d"]) is Pair and found["d"].a is not x and found["d"].b == 1
-    with pytest.raises(TypeError, match="outputs hold a object"):
+    with pytest.raises(ValueError, match="outputs hold a object, and only .*: leave CUDA graphs out"):
         copied([object()])
 
 

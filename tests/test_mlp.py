@@ -59,6 +59,15 @@ def test_whole_where_somebody_could_tell(block):
             hook = seen(lambda *args: None)
             assert calls() == 1
             hook.remove()
+        shapes = []
+        for seen in (nn.modules.module.register_module_forward_hook,            # of all modules, as diagnosis asks for
+                     nn.modules.module.register_module_forward_pre_hook):
+            hook = seen(lambda module, given, *found: shapes.append(given[0].shape) if module is linear2 else None)
+            try:
+                assert calls() == 1
+            finally:
+                hook.remove()
+        assert shapes == [(3, 130, 24)] * 2
         assert calls() == 4
 
 
